@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing features of different networks into one shape, size and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Resize = Literal["larger", "student", "teacher"]
+TargetNorm = Literal["raw", "standardize", "layernorm"]
+
+
+def promote(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 (gradient checks) as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Row-major tokens (B, N, D) to a map (B, D, h, w) with N = h * w.
+
+    Raises:
+        ValueError: N is not h * w (a prefix token was left in, or the grid is another image's).
+    """
+    batch, count, dim = tokens.shape
+    height, width = grid
+    if count != height * width:
+        raise ValueError(f"{count} tokens do not fill a grid of {height}x{width} = {height * width}.")
+    return tokens.transpose(1, 2).reshape(batch, dim, height, width)
+
+
+def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of (B, C, H, W) to `size` = (height, width), corners not aligned; antialiased when shrinking."""
+    target = (int(size[0]), int(size[1]))
+    if tuple(x.shape[-2:]) == target:
+        return x
+    shrinks = target[0] < x.shape[-2] or target[1] < x.shape[-1]
+    return F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def match_size(student: Tensor, teacher: Tensor, resize: Resize = "larger") -> tuple[Tensor, Tensor]:
+    """Two maps (B, C_S, H, W) and (B, C_T, H', W') on one grid.
+
+    Args:
+        student: the student's map.
+        teacher: the teacher's map.
+        resize: which grid both end on. `"larger"` resizes the smaller map up, which keeps all detail; `"student"`
+            resizes the student's map to the teacher's grid; `"teacher"` the teacher's map to the student's grid.
+    """
+    if student.shape[-2:] == teacher.shape[-2:]:
+        return student, teacher
+    if resize == "student":
+        return resize_map(student, teacher.shape[-2:]), teacher
+    if resize == "teacher":
+        return student, resize_map(teacher, student.shape[-2:])
+    if resize != "larger":
+        raise ValueError(f"resize must be 'larger', 'student' or 'teacher', not {resize!r}.")
+    size = [max(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+    return resize_map(student, size), resize_map(teacher, size)
+
+
+def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Zero mean and unit (biased) variance for each channel of (B, C, ...) over batch and positions."""
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x, dim=dims, keepdim=True, unbiased=False)
+    return (x - mean) / (var + eps**2).sqrt()
+
+
+def normalise_target(teacher: Tensor, target: TargetNorm = "raw") -> Tensor:
+    """The teacher's features (B, C, ...) as a regression target.
+
+    ViT features have a few channels of very large norm, which dominate a plain squared error.
+
+    Args:
+        teacher: features with channels in dimension 1.
+        target: `"raw"`; `"standardize"` (each channel over batch and positions); `"layernorm"` (each position over its
+            channels, without affine parameters).
+    """
+    if target == "raw":
+        return teacher
+    if target == "standardize":
+        return standardise(teacher)
+    if target == "layernorm":
+        moved = teacher.movedim(1, -1)
+        return F.layer_norm(moved, moved.shape[-1:]).movedim(-1, 1)
+    raise ValueError(f"target must be 'raw', 'standardize' or 'layernorm', not {target!r}.")

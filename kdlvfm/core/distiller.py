@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distiller: a method of distillation, as a module that works on plain tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+from typing_extensions import Self
+
+from kdlvfm.core.features import FeatureModel, Features
+from kdlvfm.core.task import Task
+from kdlvfm.core.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known when a distiller is built inside a run: enough to size its projectors and memories."""
+
+    student: FeatureModel
+    teacher: Teacher | None
+    task: Task
+    num_classes: int
+    num_samples: int
+
+    def require_teacher(self) -> Teacher:
+        """The teacher.
+
+        Raises:
+            ValueError: the run has none.
+        """
+        if self.teacher is None:
+            raise ValueError("this distiller needs a teacher: pass one, for example teacher=dinov3_vits16.")
+        return self.teacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step hands to `Distiller.updates`.
+
+    Attributes:
+        images: (B, 3, H, W) in [0, 1].
+        target: the task's ground truth.
+        index: (B,) position of each sample in its data set.
+        epoch: epochs completed; with `batch`, all that a phase may depend on, so that resuming is exact.
+        batch: batches completed in this epoch.
+        student: the network being trained.
+        teacher: the frozen network; `None` in a run without one.
+        task: loss on ground truth.
+    """
+
+    images: Tensor
+    target: Any
+    index: Tensor
+    epoch: int
+    batch: int
+    student: FeatureModel
+    teacher: Teacher | None
+    task: Task
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step to take now: the terms are summed, and the parameters of `group` move."""
+
+    terms: Mapping[str, Tensor]
+    group: str = "student"
+
+
+class Distiller(nn.Module, ABC):
+    """A method. Subclasses set the two tap tuples and define `forward`; three other methods may be replaced.
+
+    Attributes:
+        student_taps: taps of the student that `forward` reads.
+        teacher_taps: taps of the teacher that `forward` reads; empty means that no teacher is needed.
+    """
+
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+
+    @classmethod
+    def from_context(cls, context: Context, **hparams: Any) -> Self:
+        """Build inside a run. Override where dimensions must be read from `context`."""
+        del context
+        return cls(**hparams)
+
+    @abstractmethod
+    def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
+        """Weighted distillation terms by name, each a scalar."""
+
+    def parameter_groups(self, student: nn.Module) -> dict[str, list[Parameter]]:
+        """Trainable parameters by group; each group has its own optimizer, and `Update.group` picks one."""
+        modules: list[nn.Module] = [student, self]
+        return {"student": [p for module in modules for p in module.parameters() if p.requires_grad]}
+
+    def updates(self, step: Step) -> Iterator[Update]:
+        """One `Update` for each optimizer step of the method; code after a `yield` runs after that step was taken."""
+        taps = dict.fromkeys((*step.task.student_taps, *self.student_taps))
+        student = step.student(step.images, tuple(taps))
+        teacher = step.teacher(step.images, self.teacher_taps) if step.teacher is not None else {}
+        terms = step.task.loss(step.student, student, step.target)
+        distillation = self(student, teacher, step.target)
+        clash = terms.keys() & distillation.keys()
+        if clash:
+            raise ValueError(f"task and distiller both have a term called {', '.join(sorted(clash))}.")
+        yield Update({**terms, **distillation})

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features, the taps that name them, and the one protocol that teachers and students share."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Features = Mapping[str, Tensor]
+"""Tap name -> tensor, as returned by `FeatureModel.forward`."""
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """What a tap yields: its channels and its stride in input pixels (`None` if it is not spatial)."""
+
+    dim: int
+    stride: int | None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Where a model's weights come from; copied into every run record.
+
+    Attributes:
+        name: architecture and weights, as its library names them.
+        weights: `"pretrained"` (hub), `"file"` or `"random"`.
+        licence: licence of the weights as their library states it; `None` if unknown.
+        sha256: checksum of the weights file, or of the weights themselves where no file is at hand.
+        source: hub address or file path the weights were read from.
+    """
+
+    name: str
+    weights: str
+    licence: str | None = None
+    sha256: str | None = None
+    source: str | None = None
+
+
+class TapError(ValueError):
+    """A tap that the model does not have."""
+
+
+class FeatureModel(nn.Module, ABC):
+    """A network that yields named features. Teachers and students both speak this protocol.
+
+    Images are (B, 3, H, W) in [0, 1] and of any size: the model normalises them with its own statistics and pads or
+    resizes to its own patch multiple. What it returns is in the geometry of the images it was given: a `map.<i>` covers
+    the whole image, and `logits` of a dense model have the size of the image.
+
+    The tap grammar, the same for every library:
+
+    - `logits`: (B, K) or, for dense models, (B, K, H, W);
+    - `pooled`: (B, D), the embedding before a classifier;
+    - `tokens`: (B, N, D), patch tokens in row-major order, without class and register tokens;
+    - `map.<i>`: (B, C, H', W'), entry i of the encoder's feature pyramid; negative i counts from the last;
+    - `decoder`: (B, C, H', W'), the map that a dense model's final classifier reads;
+    - `module:<path>`: the output of any sub-module of `net`, read with a hook. Not portable between libraries.
+
+    Attributes:
+        card: where the weights come from.
+        net: the library's own network; its `state_dict()` is what leaves the house and loads into the library again.
+    """
+
+    card: ModelCard
+    net: nn.Module
+
+    @abstractmethod
+    def taps(self) -> dict[str, TapInfo]:
+        """Every tap with a portable name, with its facts, in the order of the network."""
+
+    def tap_info(self, tap: str) -> TapInfo:
+        """Facts about `tap`, without a forward pass.
+
+        Raises:
+            TapError: the model has no such tap; the message names the nearest ones.
+        """
+        return resolve_tap(tap, self.taps(), self.card.name)[1]
+
+    @abstractmethod
+    def forward(self, images: Tensor, taps: Collection[str]) -> dict[str, Tensor]:
+        """Features of `images` (B, 3, H, W) in [0, 1], one entry for each name in `taps`, keyed as asked."""
+
+
+def resolve_tap(tap: str, available: Mapping[str, TapInfo], model: str) -> tuple[str, TapInfo]:
+    """The canonical name (negative map indices made positive) and the facts of `tap`.
+
+    Raises:
+        TapError: no such tap among `available`.
+    """
+    name = tap
+    if tap.startswith("map.-"):
+        pyramid = [known for known in available if known.startswith("map.")]
+        index = tap.removeprefix("map.")
+        if index[1:].isdigit() and 0 < -int(index) <= len(pyramid):
+            name = pyramid[int(index)]
+    if name in available:
+        return name, available[name]
+    near = difflib.get_close_matches(tap, available, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise TapError(f"{model} has no tap {tap!r}{hint} It has: {', '.join(available)}.".replace("'  ", "' "))
