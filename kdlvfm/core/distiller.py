@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,23 @@ class Context:
         if self.teacher is None:
             raise ValueError("this distiller needs a teacher: pass one, for example teacher=dinov3_vits16.")
         return self.teacher
+
+    def tap_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, int]:
+        """Channels at the two taps of a method that has one of each: `student_dim` and `teacher_dim`.
+
+        Args:
+            method: a distiller whose constructor takes `student_tap` and `teacher_tap`.
+            hparams: the arguments chosen; a tap that they do not name is the constructor's default.
+
+        Raises:
+            TapError: a network has no such tap.
+        """
+        defaults = {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+        chosen = {**defaults, **hparams}
+        return {
+            "student_dim": self.student.tap_info(chosen["student_tap"]).dim,
+            "teacher_dim": self.require_teacher().tap_info(chosen["teacher_tap"]).dim,
+        }
 
 
 @dataclass(frozen=True)

@@ -19,4 +19,4 @@ def gather_batch(x: Tensor) -> Tensor:
 
     Every process must hold the same shape.
     """
-    return x if world_size() == 1 else torch.cat(all_gather(x))
+    return x if world_size() == 1 else torch.cat(all_gather(x))  # type: ignore[no-untyped-call]

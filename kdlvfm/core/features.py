@@ -100,6 +100,12 @@ def resolve_tap(tap: str, available: Mapping[str, TapInfo], model: str) -> tuple
             name = pyramid[int(index)]
     if name in available:
         return name, available[name]
+    if tap == "logits":
+        raise TapError(
+            f"{model} has no classes, so no tap 'logits'. Logit methods need a teacher with a head: train one "
+            "(distiller=none on the frozen encoder) and pass teacher=from_run, or use CLIP's zero-shot logits "
+            "(teacher=clip_zeroshot_vitb16)."
+        )
     near = difflib.get_close_matches(tap, available, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise TapError(f"{model} has no tap {tap!r}{hint} It has: {', '.join(available)}.".replace("'  ", "' "))
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise TapError(f"{model} has no tap {tap!r}.{hint} It has: {', '.join(available)}.")

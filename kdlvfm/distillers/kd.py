@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KD: the student's class probabilities follow the teacher's, softened by a temperature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlvfm.core import Distiller, Features
+from kdlvfm.core.align import Resize, match_size, promote
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    target: Tensor | None = None,
+    ignore_index: int = 255,
+    *,
+    standardize: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence between softened class probabilities.
+
+    .. math::
+        L = T^2 \, \frac{1}{|V|} \sum_{v \in V}
+            \mathrm{KL}\big(\sigma(z_T^v / T) \,\|\, \sigma(z_S^v / T)\big)
+
+    over the valid samples or positions V. The factor :math:`T^2` keeps the size of the gradient independent of T.
+
+    Args:
+        student_logits: (B, K) or (B, K, H, W).
+        teacher_logits: same shape; receives no gradient.
+        temperature: T. 4 is the value of Zhao et al. (2022) on CIFAR-100; CIRKD (Yang et al., 2022) uses 1 on pixels.
+        target: (B) or (B, H, W); samples or positions equal to `ignore_index` are left out. `None` keeps all.
+        ignore_index: the label that is left out.
+        standardize: first bring each sample's or position's logits to zero mean and unit standard deviation over the
+            classes (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024), which makes the loss
+            invariant to a positive affine change of either network's logits.
+
+    Returns:
+        A scalar: the mean over valid samples or positions, 0 if there are none.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()
+        >>> round(kd_loss(student, teacher, temperature=1.0).item(), 6)
+        0.130812
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"logits must have one shape, not {tuple(student_logits.shape)} (student) and "
+            f"{tuple(teacher_logits.shape)} (teacher); resize the maps and check the number of classes."
+        )
+    student_logits, teacher_logits = promote(student_logits), promote(teacher_logits.detach())
+    if standardize:
+        student_logits, teacher_logits = _standardise_logits(student_logits), _standardise_logits(teacher_logits)
+    divergence = F.kl_div(
+        F.log_softmax(student_logits / temperature, dim=1),
+        F.log_softmax(teacher_logits / temperature, dim=1),
+        log_target=True,
+        reduction="none",
+    ).sum(dim=1)
+    if target is not None:
+        valid = target != ignore_index
+        # Selecting, rather than multiplying by the mask, keeps an infinite logit at an ignored position out.
+        divergence = torch.where(valid, divergence, divergence.new_zeros(()))
+        return temperature**2 * divergence.sum() / valid.sum().clamp(min=1)
+    return temperature**2 * divergence.mean()
+
+
+def _standardise_logits(logits: Tensor) -> Tensor:
+    """Zero mean and unit standard deviation over the classes; epsilon as in the paper's code."""
+    std, mean = torch.std_mean(logits, dim=1, keepdim=True)
+    return (logits - mean) / (std + 1e-7)
+
+
+class KD(Distiller):
+    """Logit distillation, for classification and, pixel by pixel, for segmentation.
+
+    Void pixels are left out; pixels of unlabelled images are not, since the teacher has an opinion on them.
+
+    Args:
+        loss_weight: weight of the term. 1 is CIRKD's value for segmentation.
+        temperature: softmax temperature.
+        standardize: standardise the logits of both networks first; the paper then uses `temperature=2`,
+            `loss_weight=9`.
+        ignore_index: label of void pixels; `None` distils on them too, as the public segmentation code does.
+        student_tap: tap of the student's logits.
+        teacher_tap: tap of the teacher's logits.
+        resize: who is resized where dense logits differ in size, see `kdlvfm.core.align.match_size`.
+
+    Example:
+        >>> terms = KD()({"logits": torch.zeros(2, 3, 4, 4)}, {"logits": torch.zeros(2, 3, 4, 4)})
+        >>> {name: term.item() for name, term in terms.items()}
+        {'kd': 0.0}
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_weight: float = 1.0,
+        temperature: float = 4.0,
+        standardize: bool = False,
+        ignore_index: int | None = 255,
+        student_tap: str = "logits",
+        teacher_tap: str = "logits",
+        resize: Resize = "larger",
+    ) -> None:
+        super().__init__()
+        self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
+        self.loss_weight = loss_weight
+        self.temperature = temperature
+        self.standardize = standardize
+        self.ignore_index = ignore_index
+        self.resize = resize
+
+    def forward(self, student: Features, teacher: Features, target: Tensor | None = None) -> dict[str, Tensor]:
+        """The term `kd`; `target` (B, H, W) only says which pixels are void."""
+        student_logits, teacher_logits = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
+        if student_logits.dim() == 4:
+            student_logits, teacher_logits = match_size(student_logits, teacher_logits, self.resize)
+        if target is None or self.ignore_index is None or target.shape != student_logits[:, 0].shape:
+            loss = kd_loss(student_logits, teacher_logits, self.temperature, standardize=self.standardize)
+        else:
+            loss = kd_loss(
+                student_logits,
+                teacher_logits,
+                self.temperature,
+                target,
+                self.ignore_index,
+                standardize=self.standardize,
+            )
+        return {"kd": self.loss_weight * loss}
