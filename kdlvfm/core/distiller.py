@@ -38,7 +38,7 @@ class Context:
             raise ValueError("this distiller needs a teacher: pass one, for example teacher=dinov3_vits16.")
         return self.teacher
 
-    def tap_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, int]:
+    def tap_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, Any]:
         """Channels at the two taps of a method that has one of each: `student_dim` and `teacher_dim`.
 
         Args:

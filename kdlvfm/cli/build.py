@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a resolved configuration to the objects of a run. The only place where the siblings meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdlvfm.cli import CommandError
+from kdlvfm.cli.config import instantiate
+from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
+from kdlvfm.data.segmentation import SegmentationData
+from kdlvfm.training.fit import check_fit
+from kdlvfm.training.module import DistillationModule
+from kdlvfm.training.optimizers import Plan, Plans
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that one run is made of."""
+
+    data: SegmentationData
+    task: Task
+    student: FeatureModel
+    teacher: Teacher | None
+    distiller: Distiller
+    module: DistillationModule
+
+
+def build_data(config: Mapping[str, Any]) -> SegmentationData:
+    """The data module, its files checked."""
+    data: SegmentationData = instantiate(config["data"])
+    try:
+        data.check()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return data
+
+
+def build_task(config: Mapping[str, Any], data: SegmentationData) -> Task:
+    """The task for the classes of the data."""
+    task: Task = instantiate(config["task"], num_classes=data.num_classes, class_names=data.class_names)
+    return task
+
+
+def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
+    """The student, with a head for the number of classes."""
+    student: FeatureModel = instantiate(_arguments(node), num_classes=num_classes)
+    return student
+
+
+def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) -> Teacher | None:
+    """The frozen teacher; `None` for `teacher=none`."""
+    if not node:
+        return None
+    arguments = _arguments(node)
+    input_size = arguments.pop("input_size", None)
+    if arguments.pop("zero_shot", False):
+        arguments["class_names"] = list(class_names)
+    return Teacher(instantiate(arguments), input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
+
+
+def build_plans(recipe: Mapping[str, Any]) -> Plans:
+    """Optimizer plans of all groups; a group's plan takes from the recipe what it does not set itself."""
+    names = ("optimizer", "schedule", "warmup_steps", "clip_norm")
+    shared = {name: recipe[name] for name in names}
+
+    def plan(values: Mapping[str, Any]) -> Plan:
+        unknown = values.keys() - set(names)
+        if unknown:
+            raise CommandError(f"recipe.groups has no setting {', '.join(sorted(unknown))}; it has {', '.join(names)}.")
+        return Plan(
+            optimizer=instantiate(values["optimizer"]),
+            schedule=instantiate(values["schedule"]),
+            warmup_steps=values["warmup_steps"],
+            clip_norm=values["clip_norm"],
+        )
+
+    return Plans(plan(shared), {name: plan({**shared, **group}) for name, group in recipe["groups"].items()})
+
+
+def build(config: Mapping[str, Any]) -> Cell:
+    """All objects of a run, checked against each other before any training.
+
+    Raises:
+        CommandError: the cause, and what to change.
+    """
+    recipe, trainer = config["recipe"], config["trainer"]
+    data = build_data(config)
+    task = build_task(config, data)
+    torch.manual_seed(config["seed"])
+    student = build_student(config["student"], data.num_classes)
+    teacher = build_teacher(config["teacher"], data.class_names)
+    try:
+        context = Context(student, teacher, task, data.num_classes, data.num_samples)
+        # Seeded anew: a projector's initial weights must not depend on which networks were built before it.
+        torch.manual_seed(config["seed"] + 1)
+        distiller: Distiller = instantiate(config["distiller"])(context)
+        check_fit(student, distiller, teacher, data.num_classes, trainer["precision"], trainer["accelerator"])
+        module = DistillationModule(
+            student=student,
+            distiller=distiller,
+            task=task,
+            plans=build_plans(recipe),
+            steps=recipe["steps"],
+            batches_per_epoch=data.batches_per_epoch,
+            teacher=teacher,
+            accumulate=recipe["accumulate"],
+            seed=config["seed"],
+        )
+    except (ValueError, TypeError) as error:
+        raise CommandError(str(error)) from error
+    return Cell(data, task, student, teacher, distiller, module)
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's node without what is written there for people."""
+    return {key: value for key, value in node.items() if key != "about"}

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From overrides to one resolved configuration, with Hydra's compose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdlvfm.cli import CommandError
+
+GROUPS = ("teacher", "student", "distiller", "task", "data", "recipe", "trainer", "logger", "experiment", "debug")
+
+_TRUSTED = ("kdlvfm.", "torch.optim.", "lightning.pytorch.loggers.")
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def options(group: str) -> list[str]:
+    """Names of the YAML files of a group."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def check_names(overrides: Sequence[str]) -> None:
+    """Raise if an override chooses something that there is not, before anything is composed.
+
+    Raises:
+        CommandError: naming the nearest options.
+    """
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        group = key.lstrip("+~").partition("@")[0]
+        if not equals:
+            if not override.startswith("~"):
+                raise CommandError(f"{override!r} is not an override; write key=value, for example distiller=kd.")
+            continue
+        if group not in GROUPS:
+            continue
+        for name in (part.strip() for part in value.split(",")):
+            known = options(group)
+            if name and name not in known and name != "null":
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+                hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known)}."
+                raise CommandError(f"there is no {group} called {name!r}.{hint} (kdlvfm list shows all.)")
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration as plain dicts and lists; `choices` says which YAML each group came from.
+
+    Raises:
+        CommandError: an override that does not fit, or a value that is missing.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_names(overrides)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+            composed = hydra_compose("train", list(overrides), return_hydra_config=True)
+            chosen = composed.hydra.runtime.choices
+            choices = {group: chosen[group] for group in GROUPS if chosen.get(group)}
+            composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            missing = sorted(OmegaConf.missing_keys(composed))
+            if missing:
+                raise CommandError(f"these need a value: {', '.join(f'{key}=...' for key in missing)}")
+            config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise CommandError(_one_line(error)) from error
+    config["choices"] = choices
+    if choices["distiller"] == "none":
+        # The baseline never sees a teacher: one run serves the comparison with every teacher.
+        config["teacher"], choices["teacher"] = None, "none"
+    return config
+
+
+def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
+    """Build the object that a node names.
+
+    Raises:
+        CommandError: with the message of the error inside.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as hydra_instantiate
+    from omegaconf import OmegaConf
+
+    try:
+        return hydra_instantiate(OmegaConf.create(dict(node)), _convert_="all", **keywords)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ModuleNotFoundError):
+            raise cause from error
+        if isinstance(cause, ValueError | TypeError | OSError | InstantiationException):
+            raise CommandError(_one_line(cause)) from error
+        raise cause from error
+
+
+def check_targets(config: Any, origin: Path) -> None:
+    """Raise if a configuration read from a run folder names anything but parts of this library to call.
+
+    Raises:
+        CommandError: naming the target.
+    """
+    for target in _targets(config):
+        if not target.startswith(_TRUSTED):
+            raise CommandError(f"{origin} asks to call {target!r}, which is not a part of kdlvfm; it was not loaded.")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without Hydra's and OmegaConf's further lines, which repeat the key in other words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type", "See https"))]
+    return " ".join(kept) or type(error).__name__

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of one run: its folder, its record, training, evaluation, and what it says to the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdlvfm.cli import CommandError
+from kdlvfm.cli.build import Cell, build
+from kdlvfm.cli.config import instantiate
+from kdlvfm.cli.runs import WEIGHTS, read_run
+from kdlvfm.core import Teacher
+from kdlvfm.reporting import record as records
+from kdlvfm.reporting.cost import count_macs, count_parameters
+from kdlvfm.training.fit import evaluate, fit
+
+Loader = Callable[[], Iterable[Any]]
+
+
+def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
+    """One run from its resolved configuration to its record."""
+    if config["run"]["threads"]:
+        torch.set_num_threads(config["run"]["threads"])
+    progress = config["run"]["progress"]
+    config["run"]["progress"] = progress = (
+        ("bar" if sys.stdout.isatty() else "line") if progress == "auto" else progress
+    )
+    folder = run_folder(config)
+    path = folder / "record.json"
+    earlier = _earlier(path, config)
+    if earlier is not None and earlier["status"] == "finished":
+        print(f"{folder} is finished; nothing to do.")
+        _closing(folder, earlier)
+        return 0
+
+    cell = build(config)
+    record = _opening_record(config, overrides, cell, earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+    lead = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+    def save(**fields: Any) -> None:
+        record.update(fields)
+        if lead:
+            records.write_record(path, record)
+
+    save(status="running", ended=None, error=None)
+    if lead:
+        _describe(folder, cell, config)
+    began = time.perf_counter()
+    try:
+        result = fit(
+            module=cell.module,
+            data=cell.data,
+            folder=folder,
+            trainer=config["trainer"],
+            loggers=[instantiate(node, save_dir=str(folder)) for node in (config["logger"] or {}).values()],
+            selection=config["recipe"]["selection"],
+            val_every=config["recipe"]["val_every"],
+            checkpoint_every=config["run"]["checkpoint_every"],
+            progress=progress,
+        )
+        if not result.finished:
+            save(status="interrupted", ended=records.now(), curve=result.curve)
+            if lead:
+                print(f"Interrupted. To go on: {command_line(overrides)}")
+            return 130
+        every = {"val": cell.data.val_dataloader, "test": cell.data.test_dataloader}
+        loaders = {split: loader for split, loader in every.items() if split in cell.data.splits}
+        metrics = {
+            split: evaluate(cell.student, loader(), cell.task, result.device) for split, loader in loaders.items()
+        }
+        if cell.teacher is not None:
+            run = config["teacher"].get("run")
+            record["teacher"]["metrics"] = _teacher_metrics(cell.teacher, run, cell, loaders, result.device)
+        if lead:
+            _write_weights(cell.student, folder)
+        seconds = time.perf_counter() - began + _seconds(earlier)
+        save(
+            status="finished",
+            ended=records.now(),
+            metrics=metrics,
+            curve=result.curve,
+            selected_step=result.selected_step,
+            cost={"seconds": seconds, **result.cost},
+        )
+    except (KeyboardInterrupt, SystemExit):
+        save(status="interrupted", ended=records.now())
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        save(status="failed", ended=records.now(), error=f"{type(error).__name__}: {error}")
+        if lead:
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"kdlvfm train: failed: {error}\nThe traceback is in {folder / 'error.txt'}.", file=sys.stderr)
+        return 1
+    if lead:
+        _closing(folder, record)
+    return 0
+
+
+def run_folder(config: Mapping[str, Any]) -> Path:
+    """The folder of a run: `out`, or a name made of its choices, its seed and its hash."""
+    if config["out"] is not None:
+        return Path(str(config["out"]))
+    choices = config["choices"]
+    name = f"{choices['distiller']}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
+    return Path("runs", str(choices["data"]), str(choices["student"]), name)
+
+
+def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of an earlier start of the same run; an error if the folder holds another run."""
+    if not path.exists():
+        if path.parent.exists() and any(path.parent.iterdir()):
+            raise CommandError(f"{path.parent} holds other files and no run; choose another folder with out=FOLDER.")
+        return None
+    try:
+        record = records.read_record(path)
+    except records.RecordError as error:
+        raise CommandError(f"{error} Choose another folder with out=FOLDER, or remove this one.") from error
+    if record["config_hash"] != records.config_hash(config):
+        changed = records.differences(record["config"], config)
+        shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+        raise CommandError(
+            f"{path.parent} holds a run of a different configuration ({shown}); choose another folder with out=FOLDER."
+        )
+    return record
+
+
+def _opening_record(
+    config: Mapping[str, Any], overrides: Sequence[str], cell: Cell, earlier: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that is known before training."""
+    image, _ = cell.data.samples(cell.data.splits[-1])[0]
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    teacher = cell.teacher
+    return {
+        "schema": records.SCHEMA,
+        "status": "running",
+        "error": None,
+        "name": f"{config['choices']['distiller']}-seed{config['seed']}",
+        "started": earlier["started"] if earlier else records.now(),
+        "ended": None,
+        "command": ["kdlvfm", "train", *overrides],
+        "config": dict(config),
+        "config_hash": records.config_hash(config),
+        "recipe_hash": records.recipe_hash(config),
+        "seed": config["seed"],
+        **records.environment(),
+        "teacher": None
+        if teacher is None
+        else {**asdict(teacher.card), "parameters": count_parameters(teacher.model), "metrics": None},
+        "student": {
+            **asdict(cell.student.card),
+            "parameters": count_parameters(cell.student),
+            "macs": count_macs(cell.student, size, forward=lambda images: cell.student(images, cell.task.student_taps)),
+            "input_size": list(size),
+        },
+        "distiller": {
+            "name": config["choices"]["distiller"],
+            "parameters": {key: value for key, value in config["distiller"].items() if not key.startswith("_")},
+        },
+        "task": {"name": config["choices"]["task"], "primary_metric": cell.task.primary_metric},
+        "data": {
+            "name": cell.data.name,
+            "classes": list(cell.data.class_names),
+            "licence": cell.data.licence,
+            "split_hash": cell.data.split_hash(),
+            "counts": cell.data.counts(),
+        },
+        "steps": config["recipe"]["steps"],
+        "batch_size": config["recipe"]["batch_size"],
+        "selection": config["recipe"]["selection"],
+        "selected_step": None,
+        "metrics": {},
+        "curve": [],
+        "cost": None,
+    }
+
+
+def _teacher_metrics(
+    teacher: Teacher, run: str | None, cell: Cell, loaders: Mapping[str, Loader], device: torch.device
+) -> dict[str, Any] | None:
+    """The upper bound: the metrics of a teacher that has a head, from its own run where that saw the same data."""
+    if "logits" not in teacher.taps():
+        return None
+    if run is not None:
+        record = read_run(Path(run))
+        if record["data"]["split_hash"] == cell.data.split_hash():
+            metrics: dict[str, Any] = record["metrics"]
+            return metrics
+    return {split: evaluate(teacher, loader(), cell.task, device) for split, loader in loaders.items()}
+
+
+def _write_weights(student: Any, folder: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(student.net.cpu(), str(folder / WEIGHTS))
+
+
+def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
+    teacher = cell.teacher
+    print(f"student    {cell.student.card.name}, {cell.student.card.weights} weights")
+    if teacher is None:
+        print("teacher    none")
+    else:
+        print(f"teacher    {teacher.card.name}, {teacher.card.weights} weights, licence {teacher.card.licence}")
+        if teacher.card.weights == "random":
+            print(
+                "WARNING    the teacher has RANDOM weights: what it teaches is noise. The record and the table say so."
+            )
+    print(f"distiller  {config['choices']['distiller']}")
+    print(f"data       {cell.data.name}, {json.dumps(cell.data.counts())[1:-1].replace(chr(34), '')}")
+    print(f"run        {folder}")
+
+
+def _closing(folder: Path, record: Mapping[str, Any]) -> None:
+    for split, metrics in record["metrics"].items():
+        shown = "  ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items() if isinstance(value, float))
+        print(f"{split:<10} {shown}")
+    print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt")
+    print(f"next       kdlvfm table {folder.parent}    or    kdlvfm evaluate {folder} --split val")
+
+
+def _seconds(earlier: Mapping[str, Any] | None) -> float:
+    cost = earlier["cost"] if earlier else None
+    return float(cost["seconds"]) if cost else 0.0
+
+
+def command_line(overrides: Sequence[str]) -> str:
+    """The command that repeats a run, as one would type it."""
+    return shlex.join(["kdlvfm", "train", *overrides])

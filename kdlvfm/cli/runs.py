@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs: their records, and their students as models again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdlvfm.cli import CommandError
+from kdlvfm.cli.build import build_student
+from kdlvfm.cli.config import check_targets
+from kdlvfm.core import FeatureModel
+from kdlvfm.reporting.record import Record, RecordError, read_record
+
+WEIGHTS = "student.safetensors"
+
+
+def read_run(folder: Path) -> Record:
+    """The record of a finished run.
+
+    Raises:
+        CommandError: there is none, it cannot be read, or the run is not finished.
+    """
+    path = folder / "record.json"
+    if not path.is_file():
+        raise CommandError(f"{folder} is not a run: it has no record.json.")
+    try:
+        record = read_record(path)
+    except RecordError as error:
+        raise CommandError(str(error)) from error
+    if record["status"] != "finished":
+        raise CommandError(f"the run in {folder} is {record['status']}, not finished; run its command again to go on.")
+    return record
+
+
+def load_student(folder: Path, record: Record) -> FeatureModel:
+    """The trained student of a run.
+
+    Nothing in the folder can execute: its configuration may only name parts of this library, its weights are tensors.
+
+    Raises:
+        CommandError: the weights are missing or do not fit the configuration.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CommandError(f"{folder} has no {WEIGHTS}.")
+    node = _without_weights(record["config"]["student"])
+    check_targets(node, folder / "record.json")
+    student = build_student(node, len(record["data"]["classes"]))
+    try:
+        load_model(student.net, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise CommandError(f"{weights} does not fit the student that the record describes: {error}") from error
+    student.card = replace(
+        student.card,
+        name=f"{student.card.name} ({record['name']})",
+        weights="file",
+        licence=record["student"]["licence"],
+        sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        source=str(weights),
+    )
+    return student.eval()
+
+
+def teacher_from_run(run: str) -> FeatureModel:
+    """The student of a run, to be a teacher: `teacher=from_run teacher.run=PATH`."""
+    folder = Path(run)
+    return load_student(folder, read_run(folder))
+
+
+def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The same architecture with no weights to fetch: those of the run follow."""
+    changed: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            changed[key] = _without_weights(value)
+        else:
+            changed[key] = {"pretrained": False, "checkpoint": None}.get(key, value)
+    return changed

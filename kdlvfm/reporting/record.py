@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run record: one validated `record.json` for each training run, from which every table and figure is made."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+
+SCHEMA = "kdlvfm.run/1"
+BASELINE = "none"
+"""Name of the distiller that adds no terms: the baseline of every comparison."""
+
+Record = dict[str, Any]
+
+# The names of the parts, where a run writes, what watches it, where its files lie and what computes it: none of them
+# changes a result.
+_WITHOUT_EFFECT = (
+    "choices",
+    "out",
+    "run",
+    "logger",
+    "data.root",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+)
+_LIBRARIES = (
+    "kdlvfm",
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "hydra-core",
+    "segmentation-models-pytorch",
+    "open-clip-torch",
+    "torchmetrics",
+    "numpy",
+    "scikit-learn",
+)
+
+
+class RecordError(ValueError):
+    """A record that cannot be read, or that is not a valid run record."""
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that can change a result."""
+    kept = copy.deepcopy(dict(config))
+    for key in _WITHOUT_EFFECT:
+        group, _, leaf = key.rpartition(".")
+        parent = kept.get(group) if group else kept
+        if isinstance(parent, dict):
+            parent.pop(leaf, None)
+    return kept
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that two configurations share if and only if they promise the same result.
+
+    Raises:
+        RecordError: the configuration holds something other than plain JSON values.
+    """
+    return _digest(identity(config))
+
+
+def recipe_hash(config: Mapping[str, Any]) -> str:
+    """The hash of a configuration without distiller, teacher and seeds: a method and its baseline share it.
+
+    A seed is left out wherever it stands, since parts of a configuration repeat the seed of the run.
+    """
+    kept = identity(config)
+    kept.pop("distiller", None)
+    kept.pop("teacher", None)
+    return _digest(_without_seeds(kept))
+
+
+def differences(config_a: Mapping[str, Any], config_b: Mapping[str, Any]) -> list[str]:
+    """What makes two configurations different in result, one line `key: a != b` for each key, sorted."""
+    a, b = _flatten(identity(config_a)), _flatten(identity(config_b))
+    return [
+        f"{key}: {a.get(key, '(absent)')} != {b.get(key, '(absent)')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Validate `record` and write it in one piece: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        RecordError: the record is invalid; the message names the field, and nothing is written.
+    """
+    _validate(path, record)
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path}: the record is not plain JSON ({error}).") from error
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_record(path: Path) -> Record:
+    """The record in the file `path`.
+
+    Raises:
+        RecordError: the file cannot be read, is not JSON, or is not a valid record; the message names file and cause.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: not a JSON file ({error}).") from error
+    _validate(path, record)
+    return dict(record)
+
+
+def now() -> str:
+    """The time in UTC as records state it, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def environment() -> dict[str, Any]:
+    """The fields `versions`, `hardware` and `git` of a record, for this process."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+    }
+    return {"versions": versions, "hardware": hardware, "git": _git()}
+
+
+@functools.cache
+def _validator() -> Draft202012Validator:
+    from jsonschema import Draft202012Validator
+
+    schema = resources.files("kdlvfm.reporting").joinpath("run_schema.json").read_text(encoding="utf-8")
+    return Draft202012Validator(json.loads(schema))
+
+
+def _validate(path: Path, record: object) -> None:
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(record))
+    if error is not None:
+        field = error.json_path.removeprefix("$").removeprefix(".") or "record"
+        raise RecordError(f"{path}: not a valid {SCHEMA} record: {field}: {error.message}.")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _digest(plain: object) -> str:
+    try:
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    except TypeError as error:
+        raise RecordError(f"The configuration is not plain data ({error}); resolve it to dicts and lists.") from error
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _without_seeds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_seeds(item) for key, item in value.items() if key != "seed"}
+    if isinstance(value, list | tuple):
+        return [_without_seeds(item) for item in value]
+    return value
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> JSON text of the value; an empty group stays as a leaf."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
+    return flat
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision of this package's checkout, or else of the working directory's; `None` if neither is a checkout."""
+    checkout = Path(__file__).parents[2]
+    folder = checkout if (checkout / ".git").exists() else Path.cwd()
+    try:
+        revision, status = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"revision": revision, "dirty": bool(status)}

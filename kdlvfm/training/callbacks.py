@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks of the trainer: checkpoints and interruption, selection, cost, plain progress lines."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from kdlvfm.training.module import DistillationModule
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became infinite or NaN."""
+
+
+class Checkpointer(Callback):
+    """Writes `last.ckpt` every so many steps, and once more when a signal asks the run to stop.
+
+    The first SIGINT or SIGTERM lets the current step finish, saves and stops; a second SIGINT stops at once.
+
+    Args:
+        path: the checkpoint file; it is replaced atomically, so a kill at any moment leaves a whole one.
+        every: steps between checkpoints.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self._path = path
+        self._every = every
+        self._previous: dict[int, Any] = {}
+        self.interrupted = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Catch the signals from now on."""
+        del pl_module
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            del frame
+            self.interrupted = trainer.should_stop = True
+            signal.signal(number, self._previous[number])
+            if trainer.is_global_zero:
+                print("\nStopping after this step; the checkpoint is saved. Again to stop at once.", file=sys.stderr)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, stop)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where the step count or a signal says so."""
+        del pl_module, outputs, batch
+        if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False):
+            self.interrupted = trainer.should_stop = True
+        done = batch_idx + 1 == trainer.num_training_batches
+        if self.interrupted or done or (batch_idx + 1) % self._every == 0:
+            partial = self._path.with_suffix(".partial")
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                partial.replace(self._path)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back."""
+        del trainer, pl_module
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        del trainer, pl_module, exception
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class BestStudent(Callback):
+    """Keeps the student's weights of the best validation so far, for selection by validation.
+
+    Args:
+        path: file for the weights.
+        metric: name of the logged metric to maximise.
+    """
+
+    def __init__(self, path: Path, metric: str) -> None:
+        self._path = path
+        self._metric = metric
+        self.best: float | None = None
+        self.step: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if this validation is the best."""
+        if trainer.sanity_checking or not isinstance(pl_module, DistillationModule):
+            return
+        value = float(trainer.callback_metrics[self._metric])
+        if self.best is None or value > self.best:
+            self.best, self.step = value, pl_module.completed
+            if trainer.is_global_zero:
+                torch.save(pl_module.student.state_dict(), self._path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"best": self.best, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self.best, self.step = state_dict["best"], state_dict["step"]
+
+
+class CurveRecorder(Callback):
+    """Collects the validation metric over the run."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self.points: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a point; a validation repeated after a resume replaces its first run."""
+        if trainer.sanity_checking or not isinstance(pl_module, DistillationModule):
+            return
+        step = pl_module.completed
+        self.points = [point for point in self.points if point["step"] != step]
+        self.points.append(
+            {"step": step, "metrics": {self._metric.split("/")[-1]: float(trainer.callback_metrics[self._metric])}}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self.points = list(state_dict["points"])
+
+
+class CostMeter(Callback):
+    """Measures seconds, throughput, peak memory and the teacher's share of a step.
+
+    On a GPU, where work is asynchronous, only every `every`-th step is timed, between synchronisations. The first three
+    steps after a start are left out: they pay for allocation and algorithm choice.
+
+    Args:
+        every: steps between timed steps on a GPU; on a CPU each step is timed.
+    """
+
+    _warmup = 3
+
+    def __init__(self, every: int = 20) -> None:
+        self._every = every
+        self._began = self._step_began = self._teacher_began = 0.0
+        self._seen = 0
+        self._timing = False
+        self.seconds = 0.0
+        self.images = 0
+        self.step_seconds = 0.0
+        self.teacher_seconds = 0.0
+        self._earlier = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and watch the teacher."""
+        self._earlier, self._began = self.seconds, time.perf_counter()
+        self._cuda = pl_module.device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        if isinstance(pl_module, DistillationModule) and pl_module.teacher is not None:
+            pl_module.teacher.register_forward_pre_hook(self._before_teacher)
+            pl_module.teacher.register_forward_hook(self._after_teacher)
+        del trainer
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _before_teacher(self, module: nn.Module, inputs: Any) -> None:
+        del module, inputs
+        if self._timing:
+            self._teacher_began = self._now()
+
+    def _after_teacher(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        del module, inputs, output
+        if self._timing:
+            self.teacher_seconds += self._now() - self._teacher_began
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start timing the step."""
+        del trainer, pl_module, batch, batch_idx
+        self._seen += 1
+        self._timing = self._seen > self._warmup and (not self._cuda or self._seen % self._every == 0)
+        if self._timing:
+            self._step_began = self._now()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop timing the step."""
+        del outputs, batch_idx
+        if self._timing and isinstance(pl_module, DistillationModule):
+            self.step_seconds += self._now() - self._step_began
+            self.images += len(pl_module.task.unpack(batch)[0]) * trainer.world_size
+        self._timing = False
+        self.seconds = self._earlier + time.perf_counter() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals so far, which a resumed run adds to."""
+        names = ("seconds", "images", "step_seconds", "teacher_seconds")
+        return {name: self.__dict__[name] for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        self.__dict__.update(state_dict)
+
+    def summary(self) -> dict[str, float | None]:
+        """The cost part of a run record; times in seconds, memory in MiB."""
+        timed = self.step_seconds > 0
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return {
+            "train_seconds": self.seconds,
+            "images_per_second": self.images / self.step_seconds if timed else None,
+            "peak_memory_mib": memory,
+            "teacher_share": self.teacher_seconds / self.step_seconds if timed else None,
+        }
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose loss is no longer a number, instead of training on."""
+
+    def __init__(self, every: int = 20) -> None:
+        self._every = every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the logged loss now and then: each look waits for the GPU."""
+        del pl_module, outputs, batch
+        if (batch_idx + 1) % self._every == 0 and not torch.isfinite(trainer.callback_metrics["loss"]):
+            bad = [
+                name
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("train/") and not torch.isfinite(value)
+            ]
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {batch_idx + 1} (terms: {', '.join(bad) or 'all finite by now'}); "
+                "lower the learning rate or the loss weights, clip gradients, or train in float32."
+            )
+
+
+class LineProgress(Callback):
+    """Progress as plain lines, for logs and for programs that watch them.
+
+    Args:
+        every: steps between lines.
+        write: called with each line.
+    """
+
+    def __init__(self, every: int, write: Callable[[str], None] = print) -> None:
+        self._every = every
+        self._write = write
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a line now and then."""
+        del pl_module, outputs, batch
+        step, steps = batch_idx + 1, int(trainer.num_training_batches)
+        if trainer.is_global_zero and (step % self._every == 0 or step == steps):
+            loss = float(trainer.callback_metrics["loss"])
+            self._write(f"step {step}/{steps}  loss {loss:.4g}")

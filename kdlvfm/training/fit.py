@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run: from constructed objects to a trained student and the facts about it."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from kdlvfm.core import Distiller, FeatureModel, Task, Teacher
+from kdlvfm.training.callbacks import (
+    BestStudent,
+    Checkpointer,
+    CostMeter,
+    CurveRecorder,
+    FiniteLoss,
+    LineProgress,
+)
+from kdlvfm.training.module import DistillationModule
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit leaves behind besides the student's weights.
+
+    Attributes:
+        finished: all steps were taken; `False` after an interruption.
+        selected_step: the step whose weights the student now has.
+        curve: validation metrics over the run.
+        cost: seconds, throughput, memory and the teacher's share.
+        device: where training ran, for the evaluation that follows.
+    """
+
+    finished: bool
+    selected_step: int
+    curve: list[dict[str, Any]]
+    cost: dict[str, float | None]
+    device: torch.device
+
+
+def check_fit(
+    student: FeatureModel,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    num_classes: int,
+    precision: str,
+    accelerator: str,
+) -> None:
+    """Everything about a run that can be wrong before any work is done.
+
+    Raises:
+        ValueError: the cause, and what to change.
+    """
+    for tap in distiller.student_taps:
+        student.tap_info(tap)
+    if distiller.teacher_taps and teacher is None:
+        raise ValueError(f"{type(distiller).__name__} needs a teacher: pass one, for example teacher=dinov3_vits16.")
+    for tap in distiller.teacher_taps:
+        if teacher is not None and teacher.tap_info(tap).dim != num_classes and tap == "logits":
+            raise ValueError(
+                f"the teacher's head has {teacher.tap_info(tap).dim} classes, the data has {num_classes}: "
+                "use a teacher trained on these classes."
+            )
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if precision.startswith("16") and on_cpu:
+        raise ValueError("float16 training needs a GPU: use trainer.precision=bf16-mixed or 32-true on a CPU.")
+
+
+def fit(
+    *,
+    module: DistillationModule,
+    data: LightningDataModule,
+    folder: Path,
+    trainer: Mapping[str, Any],
+    loggers: Iterable[Logger] = (),
+    selection: str = "last",
+    val_every: int | None = None,
+    checkpoint_every: int = 200,
+    progress: str = "bar",
+) -> FitResult:
+    """Train `module` on `data`, or go on where `folder/checkpoints/last.ckpt` stopped.
+
+    Args:
+        module: student, distiller, task and optimizers.
+        data: its `train_dataloader` holds the whole run; `start_step` is set on resuming.
+        folder: the run's folder.
+        trainer: further arguments of `lightning.pytorch.Trainer`, such as precision and devices.
+        loggers: where metrics go.
+        selection: `"last"` or `"best_val"`.
+        val_every: steps between validations; `None` validates only at the end, outside this function.
+        checkpoint_every: steps between checkpoints.
+        progress: `"bar"`, `"line"` (plain lines) or `"none"`.
+
+    Raises:
+        ValueError: an argument is none of the above.
+        NonFiniteLossError: the loss is no longer a number.
+    """
+    if selection not in ("last", "best_val"):
+        raise ValueError(f"selection must be 'last' or 'best_val', not {selection!r}.")
+    if selection == "best_val" and val_every is None:
+        raise ValueError("selection=best_val needs recipe.val_every, the steps between validations.")
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    last, best = checkpoints / "last.ckpt", checkpoints / "best_student.pt"
+    metric = f"val/{module.task.primary_metric}"
+    curve, cost, checkpointer = CurveRecorder(metric), CostMeter(), Checkpointer(last, checkpoint_every)
+    callbacks: list[Callback] = [curve, cost, FiniteLoss(), checkpointer, *_progress(progress, module.steps)]
+    keeper = BestStudent(best, metric) if selection == "best_val" else None
+    if keeper is not None:
+        callbacks.append(keeper)
+    with warnings.catch_warnings():
+        # Frozen encoders stay in eval mode on purpose; the loader's worker count is the user's decision.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+        warnings.filterwarnings("ignore", r"The '\w+' does not have many workers")
+        # Ours are resumable: `start_step` is set in `DistillationModule.on_load_checkpoint`.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        runner = Trainer(
+            **_strategy(trainer, module),
+            max_epochs=1,
+            callbacks=callbacks,
+            logger=list(loggers),
+            limit_val_batches=0 if val_every is None else 1.0,
+            val_check_interval=val_every,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress == "bar",
+            log_every_n_steps=10,
+            default_root_dir=folder,
+        )
+        runner.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    selected = module.completed
+    if keeper is not None and keeper.step is not None and not checkpointer.interrupted:
+        module.student.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+        selected = keeper.step
+    return FitResult(not checkpointer.interrupted, selected, curve.points, cost.summary(), runner.strategy.root_device)
+
+
+def _progress(kind: str, steps: int) -> list[Callback]:
+    if kind == "bar":
+        return [RichProgressBar(leave=True)]
+    if kind == "line":
+        return [LineProgress(max(1, min(50, steps // 20)))]
+    if kind == "none":
+        return []
+    near = difflib.get_close_matches(kind, ["bar", "line", "none"], n=1)
+    raise ValueError(f"run.progress must be bar, line or none, not {kind!r}{f'; {near[0]}?' if near else '.'}")
+
+
+def _strategy(trainer: Mapping[str, Any], module: DistillationModule) -> dict[str, Any]:
+    """A distiller with several groups moves a part of the parameters at a time, which DDP must be told."""
+    chosen = dict(trainer)
+    if chosen.get("strategy") == "ddp":
+        chosen["strategy"] = DDPStrategy(find_unused_parameters=module.moves_subsets)
+    return chosen
+
+
+@torch.no_grad()
+def evaluate(
+    model: FeatureModel | Teacher, loader: Iterable[Any], task: Task, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The task's metrics of a model over a loader.
+
+    Returns:
+        Metrics by name; those called `<group>/<class>` are gathered in a dict called `<group>`.
+    """
+    training = model.training
+    model.eval().to(device)
+    metrics = task.metrics()
+    metrics.to(device)
+    for batch in loader:
+        images, target, _ = task.unpack(batch)
+        metrics.update(task.predict(model(images.to(device), task.student_taps)), _to(target, device))
+    model.train(training)
+    result: dict[str, Any] = {}
+    for name, value in metrics.compute().items():
+        number = float(value)
+        group, _, member = name.partition("/")
+        if member:
+            result.setdefault(group, {})[member] = None if number != number else number
+        else:
+            result[name] = number
+    return result
+
+
+def _to(target: Any, device: torch.device | str) -> Any:
+    return target.to(device) if isinstance(target, Tensor) else target

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training module. It knows no method: it takes the optimizer steps that a distiller asks for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from kdlvfm.core import Distiller, FeatureModel, Step, Task, Teacher, Update
+from kdlvfm.training.optimizers import Plans
+
+
+class DistillationModule(LightningModule):
+    """Student, distiller and task in Lightning's loop, under manual optimization.
+
+    The state dict holds the student and the distiller, never the teacher. The random state of a step is a function of
+    seed, process and step, so a resumed run draws the same numbers as one that was never stopped.
+
+    Args:
+        student: the network to train.
+        distiller: the method.
+        task: loss on ground truth and metrics.
+        plans: optimizer, schedule and clipping of each parameter group.
+        steps: batches of the whole run.
+        batches_per_epoch: batches in one pass over the training set; `Step.epoch` is counted in these.
+        teacher: the frozen network, if the distiller taps one.
+        accumulate: batches whose gradients are averaged into one optimizer step.
+        seed: of dropout and everything else that draws random numbers in a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: FeatureModel,
+        distiller: Distiller,
+        task: Task,
+        plans: Plans,
+        steps: int,
+        batches_per_epoch: int,
+        teacher: Teacher | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = student
+        self.distiller = distiller
+        self.teacher = teacher if distiller.teacher_taps else None
+        self.task = task
+        self._plans = plans
+        self.steps = steps
+        self._batches_per_epoch = batches_per_epoch
+        self._accumulate = accumulate
+        self._seed = seed
+        self._groups = distiller.parameter_groups(student)
+        self._metrics = task.metrics()
+        self.completed = 0
+        plans.check(self._groups)
+
+    @property
+    def moves_subsets(self) -> bool:
+        """An update may leave some trainable parameters without a gradient."""
+        return len(self._groups) > 1
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """One optimizer for each parameter group, in the order of `Distiller.parameter_groups`."""
+        return [self._plans[name].optimizer(parameters) for name, parameters in self._groups.items()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Every update that the distiller yields for this batch."""
+        torch.manual_seed(step_seed(self._seed, self.global_rank, batch_idx))
+        images, target, index = self.task.unpack(batch)
+        epoch, position = divmod(batch_idx, self._batches_per_epoch)
+        step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task)
+        for update in self.distiller.updates(step):
+            self._take(update, batch_idx)
+        self.completed = batch_idx + 1
+
+    def _take(self, update: Update, batch_idx: int) -> None:
+        """Backward, and where accumulation allows it, one optimizer step of the update's group."""
+        loss = torch.stack([term.float() for term in update.terms.values()]).sum()
+        # A gradient accumulated for another group must neither grow by this update nor be lost.
+        others = [p for name, group in self._groups.items() if name != update.group for p in group]
+        kept = [p.grad for p in others]
+        for parameter in others:
+            parameter.grad = None
+        self.manual_backward(loss / self._accumulate)
+        for parameter, grad in zip(others, kept, strict=True):
+            parameter.grad = grad
+        self._log_terms(update, loss)
+        if (batch_idx + 1) % self._accumulate == 0 or batch_idx + 1 == self.steps:
+            optimizer = self._optimizer(update.group)
+            factor = self._plans[update.group].factor(batch_idx, self.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _optimizer(self, group: str) -> Any:
+        optimizers = self.optimizers()
+        found = optimizers if isinstance(optimizers, list) else [optimizers]
+        return found[list(self._groups).index(group)]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the group's gradients; Lightning calls this after a gradient scaler has unscaled them."""
+        first = optimizer.param_groups[0]["params"][0]
+        name = next(name for name, group in self._groups.items() if any(p is first for p in group))
+        clip_norm = self._plans[name].clip_norm
+        if clip_norm is not None:
+            parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    def _log_terms(self, update: Update, loss: Tensor) -> None:
+        prefix = f"train/{update.group}/"
+        self.log_dict({f"{prefix}{name}": term.detach() for name, term in update.terms.items()})
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh metrics."""
+        self._metrics.reset()
+        self._metrics.to(self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The student alone."""
+        del batch_idx
+        images, target, _ = self.task.unpack(batch)
+        features = self.student(images, self.task.student_taps)
+        self._metrics.update(self.task.predict(features), target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the task's primary metric."""
+        result: Mapping[str, Any] = self._metrics.compute()
+        name = self.task.primary_metric
+        self.log(f"val/{name}", torch.as_tensor(result[name]), prog_bar=True, rank_zero_only=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how many batches were completed."""
+        checkpoint["kdlvfm_completed"] = self.completed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the data go on where the checkpoint stopped."""
+        self.completed = checkpoint["kdlvfm_completed"]
+        self.trainer.datamodule.start_step = self.completed  # type: ignore[attr-defined]
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """A well-mixed 63-bit seed for one step of one process."""
+    digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
