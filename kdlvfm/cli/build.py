@@ -48,17 +48,17 @@ def build_task(config: Mapping[str, Any], data: SegmentationData) -> Task:
 
 def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
     """The student, with a head for the number of classes."""
-    student: FeatureModel = instantiate(_arguments(node), num_classes=num_classes)
+    student: FeatureModel = instantiate(node, num_classes=num_classes)
     return student
 
 
 def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) -> Teacher | None:
-    """The frozen teacher; `None` for `teacher=none`."""
-    if not node:
+    """The frozen teacher; `None` for `teacher=none`. A zero-shot teacher classifies into the classes of the data."""
+    if node is None:
         return None
-    arguments = _arguments(node)
+    arguments = dict(node)
     input_size = arguments.pop("input_size", None)
-    if arguments.pop("zero_shot", False):
+    if "class_names" in arguments and arguments["class_names"] is None:
         arguments["class_names"] = list(class_names)
     return Teacher(instantiate(arguments), input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
 
@@ -114,8 +114,3 @@ def build(config: Mapping[str, Any]) -> Cell:
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     return Cell(data, task, student, teacher, distiller, module)
-
-
-def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's node without what is written there for people."""
-    return {key: value for key, value in node.items() if key != "about"}

@@ -12,6 +12,10 @@ from kdlvfm.cli import CommandError
 
 GROUPS = ("teacher", "student", "distiller", "task", "data", "recipe", "trainer", "logger", "experiment", "debug")
 
+# An argument of a constructor may be set although its YAML does not name it: defaults live in the signature, and a
+# constructor refuses what it does not know.
+_OPEN = ("distiller.", "student.", "teacher.", "data.", "recipe.optimizer.", "recipe.schedule.", "recipe.augmentation.")
+
 _TRUSTED = ("kdlvfm.", "torch.optim.", "lightning.pytorch.loggers.")
 
 
@@ -50,6 +54,11 @@ def check_names(overrides: Sequence[str]) -> None:
                 raise CommandError(f"there is no {group} called {name!r}.{hint} (kdlvfm list shows all.)")
 
 
+def opened(overrides: Sequence[str]) -> list[str]:
+    """The overrides in Hydra's grammar: `distiller.temperature=2` sets the value or, with `++`, adds it."""
+    return [f"++{override}" if override.startswith(_OPEN) else override for override in overrides]
+
+
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration as plain dicts and lists; `choices` says which YAML each group came from.
 
@@ -65,7 +74,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     check_names(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            composed = hydra_compose("train", list(overrides), return_hydra_config=True)
+            composed = hydra_compose("train", opened(overrides), return_hydra_config=True)
             chosen = composed.hydra.runtime.choices
             choices = {group: chosen[group] for group in GROUPS if chosen.get(group)}
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
@@ -76,7 +85,10 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(_one_line(error)) from error
     config["choices"] = choices
-    if choices["distiller"] == "none":
+    for node in config.values():
+        if isinstance(node, dict):
+            node.pop("about", None)  # said to people by `kdlvfm list`; no part of the run
+    if choices["distiller"] == "none" or choices["teacher"] == "none":
         # The baseline never sees a teacher: one run serves the comparison with every teacher.
         config["teacher"], choices["teacher"] = None, "none"
     return config

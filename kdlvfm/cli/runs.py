@@ -50,7 +50,7 @@ def load_student(folder: Path, record: Record) -> FeatureModel:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise CommandError(f"{folder} has no {WEIGHTS}.")
-    node = _without_weights(record["config"]["student"])
+    node = without_weights(record["config"]["student"])
     check_targets(node, folder / "record.json")
     student = build_student(node, len(record["data"]["classes"]))
     try:
@@ -74,12 +74,12 @@ def teacher_from_run(run: str) -> FeatureModel:
     return load_student(folder, read_run(folder))
 
 
-def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+def without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
     """The same architecture with no weights to fetch: those of the run follow."""
     changed: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
-            changed[key] = _without_weights(value)
+            changed[key] = without_weights(value)
         else:
             changed[key] = {"pretrained": False, "checkpoint": None}.get(key, value)
     return changed

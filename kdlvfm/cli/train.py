@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from kdlvfm.cli import CommandError
-from kdlvfm.cli.config import GROUPS, check_names, compose, config_dir, options
+from kdlvfm.cli.config import GROUPS, check_names, compose, config_dir, opened, options
 
 _HELP = """\
 usage: kdlvfm train [-m] [--print-config] [GROUP=NAME ...] [KEY=VALUE ...]
@@ -27,7 +27,7 @@ often set:
   out=FOLDER                  instead of runs/<data>/<student>/<distiller>-<teacher>-seed<seed>-<hash>
   teacher.pretrained=false    random weights (said in the record); teacher.checkpoint=PATH reads a local file
   trainer.precision=bf16-mixed  trainer=ddp  recipe.steps=1000  recipe.optimizer.lr=0.01
-  distiller.loss_weight=5     any argument of the distiller; +distiller.NAME=... for one the YAML does not name
+  distiller.loss_weight=5     any argument of the distiller's class; the same for teacher, student and data
 
 examples:
   kdlvfm train data=digit_scenes teacher=digit_scenes_vit distiller=kd student=resnet18_fpn recipe=digit_scenes
@@ -78,7 +78,7 @@ def _multirun(overrides: Sequence[str]) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
     def cell(_: DictConfig) -> None:
-        own = list(HydraConfig.get().overrides.task)
+        own = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
         print(f"\n{command_line(own)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "kdlvfm", "train", *own], check=False).returncode
         if code == 130:
@@ -86,7 +86,7 @@ def _multirun(overrides: Sequence[str]) -> int:
         if code:
             failed.append(command_line(own))
 
-    kept, sys.argv = sys.argv, ["kdlvfm", "-m", *overrides]
+    kept, sys.argv = sys.argv, ["kdlvfm", "-m", *opened(overrides)]
     try:
         cell()
     finally:

@@ -205,13 +205,14 @@ class SegmentationData(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation samples in order, not augmented."""
-        return self._evaluation_loader("val")
+        return self.evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test samples in order, not augmented."""
-        return self._evaluation_loader("test")
+        return self.evaluation_loader("test")
 
-    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
+    def evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
+        """Samples of any split in order, not augmented; in a distributed run, this process's share of them."""
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
         return DataLoader(
             _EvaluationSet(self.samples(split), rank, world_size()),

@@ -34,10 +34,12 @@ def test_geometry_of_image_and_mask_is_the_same(crop):
         assert set(mask_out.unique().tolist()) <= {0, 4, 9, 255}
         pad = mask_out == 255
         assert (image_out == PADDING)[:, pad].all()
-        # The bilinear resize blurs the edges between regions; two pixels from any edge the two must agree.
+        # The bilinear resize blurs the edges between regions, also those just cropped off; two pixels from any edge the
+        # two must agree.
         shown = mask_out.float()[None]
         highest, lowest = (F.max_pool2d(sign * shown, 5, 1, 2) * sign for sign in (1, -1))
         inside = (highest == lowest)[0] & ~pad
+        inside[:2] = inside[-2:] = inside[:, :2] = inside[:, -2:] = False
         assert inside.float().mean() > 0.2 * (~pad).float().mean()
         assert ((image_out[0].long() - 20 * mask_out).abs() <= 1)[inside].all()
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML of teachers and students: each builds, and says the truth about its licence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from timm.models import get_pretrained_cfg
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEACHERS = sorted((CONFIGS / "teacher").glob("*.yaml"))
+STUDENTS = sorted((CONFIGS / "student").glob("*.yaml"))
+OF_TIMM = [p for p in TEACHERS if "TimmEncoder" in p.read_text() and "???" not in p.read_text()]
+COMPLETE = [p for p in STUDENTS if "???" not in p.read_text()]
+
+
+def load(path):
+    config = OmegaConf.load(path)
+    about = config.pop("about")
+    return config, about
+
+
+@pytest.mark.parametrize("path", TEACHERS + STUDENTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_file_introduces_itself(path):
+    _, about = load(path)
+    assert {"title", "licence"} <= set(about) <= {"title", "licence", "paper"}
+    assert about.title
+
+
+@pytest.mark.parametrize("path", OF_TIMM, ids=lambda path: path.stem)
+def test_teachers_of_timm_build_and_state_timms_licence(path):
+    config, about = load(path)
+    assert about.paper
+    assert about.licence == (get_pretrained_cfg(config.name).license or "unknown")
+    config.pop("input_size")
+    with torch.device("meta"):
+        model = instantiate(config, pretrained=False)
+        features = model(torch.empty(1, 3, 90, 70), ["map.-1", "tokens", "pooled"])
+    assert model.card.name == config.name
+    assert features["map.-1"].shape[1] == model.tap_info("map.-1").dim
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+def test_students_build_and_label_every_pixel(path):
+    config, _ = load(path)
+    inner = config.encoder if "encoder" in config else config
+    inner.pretrained = False
+    model = instantiate(config, num_classes=4).eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 61, 75), ["logits"])["logits"].shape == (1, 4, 61, 75)
