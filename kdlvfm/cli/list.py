@@ -39,9 +39,17 @@ def run(arguments: Sequence[str]) -> int:
             table.add_column(column)
         for name in options(shown):
             about = read_about(shown, name)
-            table.add_row(name, *(str(about.get(column) or "–") for column in _SHOWN[shown]))
+            table.add_row(name, *(_cell(column, about.get(column)) for column in _SHOWN[shown]))
         console.print(table)
     return 0
+
+
+def _cell(column: str, value: Any) -> str:
+    """A value as shown; of a paper, who and when."""
+    if column == "paper" and value and value.count(",") > 1:
+        authors, *_, year = str(value).split(",")
+        return f"{authors},{year}"
+    return str(value or "–")
 
 
 def read_about(group: str, name: str) -> dict[str, Any]:

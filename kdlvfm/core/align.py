@@ -41,6 +41,14 @@ def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
+def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest label on a grid of `size` = (height, width): (B, H, W) to (B, height, width), of the same type."""
+    target = (int(size[0]), int(size[1]))
+    if tuple(labels.shape[-2:]) == target:
+        return labels
+    return F.interpolate(labels.unsqueeze(1).float(), size=target, mode="nearest-exact").squeeze(1).to(labels.dtype)
+
+
 def match_size(student: Tensor, teacher: Tensor, resize: Resize = "larger") -> tuple[Tensor, Tensor]:
     """Two maps (B, C_S, H, W) and (B, C_T, H', W') on one grid.
 

@@ -41,6 +41,8 @@ class Context:
     def tap_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, Any]:
         """Channels at the two taps of a method that has one of each: `student_dim` and `teacher_dim`.
 
+        A dimension among `hparams` is left out: it was given because the network cannot state it (`module:<path>`).
+
         Args:
             method: a distiller whose constructor takes `student_tap` and `teacher_tap`.
             hparams: the arguments chosen; a tap that they do not name is the constructor's default.
@@ -50,10 +52,12 @@ class Context:
         """
         defaults = {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
         chosen = {**defaults, **hparams}
-        return {
-            "student_dim": self.student.tap_info(chosen["student_tap"]).dim,
-            "teacher_dim": self.require_teacher().tap_info(chosen["teacher_tap"]).dim,
-        }
+        dims: dict[str, Any] = {}
+        if "student_dim" not in hparams:
+            dims["student_dim"] = self.student.tap_info(chosen["student_tap"]).dim
+        if "teacher_dim" not in hparams:
+            dims["teacher_dim"] = self.require_teacher().tap_info(chosen["teacher_tap"]).dim
+        return dims
 
 
 @dataclass(frozen=True)

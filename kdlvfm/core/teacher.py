@@ -72,7 +72,7 @@ class Teacher(nn.Module):
             features: dict[str, Tensor] = self.model(seen, taps)
             if self._input_size is not None:
                 features = {
-                    tap: resize_map(value, size) if value.shape[-2:] == seen.shape[-2:] else value
+                    tap: resize_map(value, size) if value.dim() == 4 and value.shape[-2:] == seen.shape[-2:] else value
                     for tap, value in features.items()
                 }
         return features

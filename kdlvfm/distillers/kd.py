@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlvfm.core import Distiller, Features
-from kdlvfm.core.align import Resize, match_size, promote
+from kdlvfm.core.align import Resize, match_size, promote, resize_labels
 
 
 def kd_loss(
@@ -16,7 +16,7 @@ def kd_loss(
     teacher_logits: Tensor,
     temperature: float = 4.0,
     target: Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     *,
     standardize: bool = False,
 ) -> Tensor:
@@ -33,7 +33,7 @@ def kd_loss(
         teacher_logits: same shape; receives no gradient.
         temperature: T. 4 is the value of Zhao et al. (2022) on CIFAR-100; CIRKD (Yang et al., 2022) uses 1 on pixels.
         target: (B) or (B, H, W); samples or positions equal to `ignore_index` are left out. `None` keeps all.
-        ignore_index: the label that is left out.
+        ignore_index: the label that is left out; `None` keeps all.
         standardize: first bring each sample's or position's logits to zero mean and unit standard deviation over the
             classes (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024), which makes the loss
             invariant to a positive affine change of either network's logits.
@@ -42,7 +42,7 @@ def kd_loss(
         A scalar: the mean over valid samples or positions, 0 if there are none.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the logits differ in shape, or `target` does not fit them.
 
     Source:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
@@ -58,20 +58,26 @@ def kd_loss(
             f"{tuple(teacher_logits.shape)} (teacher); resize the maps and check the number of classes."
         )
     student_logits, teacher_logits = promote(student_logits), promote(teacher_logits.detach())
+    count: Tensor | int = student_logits[:, 0].numel()
+    if target is not None and ignore_index is not None:
+        if target.shape != student_logits[:, 0].shape:
+            raise ValueError(
+                f"target {tuple(target.shape)} does not fit logits {tuple(student_logits.shape)}: it must be theirs "
+                "without the classes; ignore_index=None distils everywhere and needs no target."
+            )
+        # Replaced before anything is computed: a logit that is not finite would reach the gradient through 0 * inf.
+        ignored = (target == ignore_index).unsqueeze(1)
+        student_logits, teacher_logits = student_logits.masked_fill(ignored, 0), teacher_logits.masked_fill(ignored, 0)
+        count = (~ignored).sum().clamp(min=1)
     if standardize:
         student_logits, teacher_logits = _standardise_logits(student_logits), _standardise_logits(teacher_logits)
     divergence = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1),
         log_target=True,
-        reduction="none",
-    ).sum(dim=1)
-    if target is not None:
-        valid = target != ignore_index
-        # Selecting, rather than multiplying by the mask, keeps an infinite logit at an ignored position out.
-        divergence = torch.where(valid, divergence, divergence.new_zeros(()))
-        return temperature**2 * divergence.sum() / valid.sum().clamp(min=1)
-    return temperature**2 * divergence.mean()
+        reduction="sum",
+    )
+    return temperature**2 * divergence / count
 
 
 def _standardise_logits(logits: Tensor) -> Tensor:
@@ -121,19 +127,18 @@ class KD(Distiller):
         self.resize = resize
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None = None) -> dict[str, Tensor]:
-        """The term `kd`; `target` (B, H, W) only says which pixels are void."""
+        """The term `kd`; `target` (B, H, W), or (B) for a classifier, only says what is void."""
         student_logits, teacher_logits = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
         if student_logits.dim() == 4:
             student_logits, teacher_logits = match_size(student_logits, teacher_logits, self.resize)
-        if target is None or self.ignore_index is None or target.shape != student_logits[:, 0].shape:
-            loss = kd_loss(student_logits, teacher_logits, self.temperature, standardize=self.standardize)
-        else:
-            loss = kd_loss(
-                student_logits,
-                teacher_logits,
-                self.temperature,
-                target,
-                self.ignore_index,
-                standardize=self.standardize,
-            )
+            if target is not None and self.ignore_index is not None:
+                target = resize_labels(target, student_logits.shape[-2:])
+        loss = kd_loss(
+            student_logits,
+            teacher_logits,
+            self.temperature,
+            target,
+            self.ignore_index,
+            standardize=self.standardize,
+        )
         return {"kd": self.loss_weight * loss}

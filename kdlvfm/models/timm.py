@@ -41,7 +41,8 @@ class TimmEncoder(Adapter):
         fit: how images meet the stride of the network, see `fit_to_multiple`.
         norm: pass each map through the final norm of a ViT, as DINOv2 and DINOv3 do for dense features (SAM: through
             its neck). `False` gives the output of each block as it is.
-        model_kwargs: further arguments for `timm.create_model`.
+        model_kwargs: further arguments for `timm.create_model`; other statistics than the name implies go into
+            `pretrained_cfg_overlay: {mean: [...], std: [...]}`.
 
     Raises:
         UnknownModelError: timm has no such model or weights; the message names the nearest.
@@ -175,16 +176,18 @@ def _create_with(
 ) -> nn.Module | None:
     """The network filled with `state` by timm's own conversion, every tensor accounted for; `None` if it does not fit.
 
-    timm checks strictly only where the number of classes is the one in its configuration. So the classifier is loaded
-    as configured, or left out together with its tensors, and replaced afterwards if another one was asked for.
+    timm checks strictly only where the number of classes is the one in its configuration. So the configuration is given
+    the number asked for or else timm's own; failing both, the classifier is left out and, if asked for, started anew.
     """
     kwargs = dict(model_kwargs)
-    num_classes = kwargs.pop("num_classes", None)
+    asked = kwargs.pop("num_classes", None)
+    statistics = kwargs.pop("pretrained_cfg_overlay", {})
     classifier = config["classifier"] or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     headless = {key: value for key, value in state.items() if key.rpartition(".")[0] not in heads}
-    for classes, tensors in ((config["num_classes"], state), (0, headless)):
-        overlay = {"state_dict": tensors, "num_classes": classes}
+    configured = config["num_classes"]
+    for classes, tensors in ((asked or configured, state), (configured, state), (0, headless)):
+        overlay = {**statistics, "state_dict": tensors, "num_classes": classes}
         try:
             net: Any = timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **kwargs
@@ -192,7 +195,7 @@ def _create_with(
         except Exception:  # timm's conversions take their own files for granted and fail in any way on others
             continue
         del net.pretrained_cfg["state_dict"]
-        if num_classes is not None and num_classes != classes:
-            net.reset_classifier(num_classes)
+        if asked is not None and asked != classes:
+            net.reset_classifier(asked)
         return net  # type: ignore[no-any-return]
     return None

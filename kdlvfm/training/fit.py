@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def fit(
     keeper = BestStudent(best, metric) if selection == "best_val" else None
     if keeper is not None:
         callbacks.append(keeper)
+    # Lightning's advice and its notes on devices would bury what the run itself has to say.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Frozen encoders stay in eval mode on purpose; the loader's worker count is the user's decision.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")

@@ -2,17 +2,21 @@
 """timm encoders: declared facts, normalisation, geometry, prefix tokens, weights."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
 from torchvision.transforms.functional import to_tensor
 
 from kdlvfm.core import TapError, Teacher
+from kdlvfm.core.align import resize_map
 from kdlvfm.models import timm as adapter
 from kdlvfm.models.timm import TimmEncoder
 from kdlvfm.models.weights import UnknownModelError, WeightsError
@@ -206,6 +210,40 @@ def test_checkpoint_in_half_precision_and_without_classifier(tmp_path):
     assert torch.equal(encoder.net.conv1.weight, source.conv1.weight.half().float())
     again = TimmEncoder("resnet18", checkpoint=tmp_path / "w.pth", model_kwargs={"num_classes": 7})
     assert again.tap_info("logits").dim == 7
+
+
+def test_a_classifier_of_the_size_asked_for_is_loaded(tmp_path):
+    source = timm.create_model("resnet18", num_classes=9)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    options = {"num_classes": 9, "pretrained_cfg_overlay": {"mean": (0.5,) * 3}}
+    encoder = TimmEncoder("resnet18", checkpoint=tmp_path / "w.safetensors", model_kwargs=options)
+    assert torch.equal(encoder.net.fc.weight, source.fc.weight)
+    assert encoder.normalise.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.data
+@pytest.mark.skipif("KDLVFM_DATA" not in os.environ, reason="needs KDLVFM_DATA")
+@pytest.mark.parametrize(
+    ("name", "classes", "options"),
+    [
+        ("resnet18", 1000, {}),
+        ("vit_tiny_patch16_224", 200, {"num_classes": 200}),
+        (
+            "mobilenetv2_100",
+            1000,
+            {"pad_type": "same", "pretrained_cfg_overlay": {"mean": (0.5,) * 3, "std": (0.5,) * 3}},
+        ),
+    ],
+)
+def test_real_weights_give_confident_predictions(name, classes, options):
+    path = Path(os.environ["KDLVFM_DATA"]) / "weights" / f"{name}.safetensors"
+    encoder = TimmEncoder(name, checkpoint=path, model_kwargs=options).eval()
+    images = torch.stack([to_tensor(Image.fromarray(load_sample_image(f"{x}.jpg"))) for x in ("china", "flower")])
+    with torch.no_grad():
+        probabilities = encoder(resize_map(images, (224, 224)), ["logits"])["logits"].softmax(-1)
+    assert probabilities.shape == (2, classes)
+    assert probabilities.amax(-1).min() > 20 / classes
+    assert probabilities[0].argmax() != probabilities[1].argmax()
 
 
 def test_checkpoint_in_the_authors_format_is_converted_by_timm(tmp_path):

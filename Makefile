@@ -1,0 +1,45 @@
+# What a new user types: make demo, make test. Both set up .venv with pip from the package registry.
+SEEDS ?= 1
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: more of them on few shared cores get in each other's way.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-fast check teacher clean help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+
+demo: .venv/installed ## baseline and three distillers on DigitScenes: table and picture in minutes (SEEDS=3 for intervals)
+	$(BIN)/kdlvfm demo --seeds $(SEEDS)
+
+test: .venv/installed-dev ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed-dev ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/installed-dev ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+teacher: .venv/installed ## pre-train the demo's teacher again (about an hour on one core)
+	$(BIN)/kdlvfm train experiment=digit_scenes_teacher
+
+clean: ## remove the environment (runs stay)
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdlvfm needs Python 3.10 or newer; set PYTHON=python3.12, for example.")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[train]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/installed
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev]'
+	touch $@
