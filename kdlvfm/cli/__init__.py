@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in _COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [*(sys.argv[1:] if argv is None else argv)]  # not list(): our sub-module of that name hides it
     if not arguments:
         parser.print_help()
         raise SystemExit(2)

@@ -13,7 +13,7 @@ from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import instantiate
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.data.segmentation import SegmentationData
-from kdlvfm.training.fit import check_fit
+from kdlvfm.training.fit import check_fit, check_schedule
 from kdlvfm.training.module import DistillationModule
 from kdlvfm.training.optimizers import Plan, Plans
 
@@ -28,6 +28,32 @@ class Cell:
     teacher: Teacher | None
     distiller: Distiller
     module: DistillationModule
+
+
+# Least value of each whole number that a run is carried out by; Hydra takes any word for a value.
+_WHOLE = {
+    "seed": 0,
+    "recipe.steps": 1,
+    "recipe.batch_size": 1,
+    "recipe.accumulate": 1,
+    "recipe.val_every": 1,
+    "recipe.warmup_steps": 0,
+    "run.num_workers": 0,
+    "run.checkpoint_every": 1,
+    "run.threads": 1,
+}
+_MAY_BE_NULL = ("recipe.val_every", "run.threads")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise `CommandError` for a whole number that is none, or too small."""
+    for key, least in _WHOLE.items():
+        group, _, name = key.rpartition(".")
+        value = config[group][name] if group else config[name]
+        if value is None and key in _MAY_BE_NULL:
+            continue
+        if not isinstance(value, int) or value < least:
+            raise CommandError(f"{key} must be a whole number from {least} on, not {value!r}.")
 
 
 def build_data(config: Mapping[str, Any]) -> SegmentationData:
@@ -100,6 +126,13 @@ def build(config: Mapping[str, Any]) -> Cell:
         torch.manual_seed(config["seed"] + 1)
         distiller: Distiller = instantiate(config["distiller"])(context)
         check_fit(student, distiller, teacher, data.num_classes, trainer["precision"], trainer["accelerator"])
+        check_schedule(
+            steps=recipe["steps"],
+            selection=recipe["selection"],
+            val_every=recipe["val_every"],
+            checkpoint_every=config["run"]["checkpoint_every"],
+            progress=config["run"]["progress"],
+        )
         module = DistillationModule(
             student=student,
             distiller=distiller,

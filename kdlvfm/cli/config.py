@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ GROUPS = ("teacher", "student", "distiller", "task", "data", "recipe", "trainer"
 # constructor refuses what it does not know.
 _OPEN = ("distiller.", "student.", "teacher.", "data.", "recipe.optimizer.", "recipe.schedule.", "recipe.augmentation.")
 
-_TRUSTED = ("kdlvfm.", "torch.optim.", "lightning.pytorch.loggers.")
+# Where a configuration that was read from a run folder may name classes: what a student and its data are made of.
+_TRUSTED = re.compile(r"(?P<module>kdlvfm\.(models|data|tasks)\.\w+)\.(?P<name>\w+)")
 
 
 def config_dir() -> Path:
@@ -85,7 +88,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(_one_line(error)) from error
     config["choices"] = choices
-    for node in config.values():
+    for node in (config, *config.values()):
         if isinstance(node, dict):
             node.pop("about", None)  # said to people by `kdlvfm list`; no part of the run
     if choices["distiller"] == "none" or choices["teacher"] == "none":
@@ -118,14 +121,24 @@ def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
 
 
 def check_targets(config: Any, origin: Path) -> None:
-    """Raise if a configuration read from a run folder names anything but parts of this library to call.
+    """Raise if a configuration read from a run folder names anything but classes of this library to call.
+
+    What our modules import is not meant: `kdlvfm.data.files.io.open` would be a way to any function there is.
 
     Raises:
         CommandError: naming the target.
     """
     for target in _targets(config):
-        if not target.startswith(_TRUSTED):
-            raise CommandError(f"{origin} asks to call {target!r}, which is not a part of kdlvfm; it was not loaded.")
+        if not _is_own_class(target):
+            raise CommandError(f"{origin} asks to call {target!r}, which is no class of kdlvfm; it was not loaded.")
+
+
+def _is_own_class(target: str) -> bool:
+    found = _TRUSTED.fullmatch(target)
+    if found is None or importlib.util.find_spec(found["module"]) is None:
+        return False
+    named = vars(importlib.import_module(found["module"])).get(found["name"])
+    return isinstance(named, type) and named.__module__ == found["module"]
 
 
 def _targets(node: Any) -> Iterator[str]:

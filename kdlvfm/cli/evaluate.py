@@ -42,7 +42,11 @@ def run(arguments: Sequence[str]) -> int:
         raise CommandError(f"{data.name} has no split {options.split!r}; it has {', '.join(data.splits)}.")
     if data.split_hash() != record["data"]["split_hash"]:
         print("note: this data is not what the run saw (its split hash differs).")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     student = load_student(options.run, record)
     result = evaluate(student, data.evaluation_loader(options.split), build_task(config, data), device)
     before = record["metrics"].get(options.split)

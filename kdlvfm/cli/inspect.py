@@ -24,6 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(_HELP)
         return 0
+    import torch
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -34,8 +35,10 @@ def run(arguments: Sequence[str]) -> int:
 
     config = compose(["distiller=kd", *arguments])
     try:
-        student = build_student(without_weights(config["student"]), num_classes=2)
-        teacher = None if config["teacher"] is None else build_teacher(without_weights(config["teacher"]), ("a", "b"))
+        with torch.device("meta"):  # facts need no memory, which the largest teachers would fill
+            student = build_student(without_weights(config["student"]), num_classes=2)
+            node = config["teacher"]
+            teacher = None if node is None else build_teacher(without_weights(node), ("a", "b"))
     except ValueError as error:
         raise CommandError(str(error)) from error
     console = Console()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kdlvfm.cli import CommandError
-from kdlvfm.cli.build import Cell, build
+from kdlvfm.cli.build import Cell, build, check_numbers
 from kdlvfm.cli.config import instantiate
 from kdlvfm.cli.runs import WEIGHTS, read_run
 from kdlvfm.core import Teacher
@@ -30,6 +30,7 @@ Loader = Callable[[], Iterable[Any]]
 
 def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
     """One run from its resolved configuration to its record."""
+    check_numbers(config)
     if config["run"]["threads"]:
         torch.set_num_threads(config["run"]["threads"])
     progress = config["run"]["progress"]
@@ -46,7 +47,10 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
 
     cell = build(config)
     record = _opening_record(config, overrides, cell, earlier)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{folder} cannot be made ({error.strerror}); choose another with out=FOLDER.") from error
     lead = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
     def save(**fields: Any) -> None:
@@ -119,6 +123,8 @@ def run_folder(config: Mapping[str, Any]) -> Path:
 
 def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier start of the same run; an error if the folder holds another run."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise CommandError(f"{path.parent} is a file; choose a folder with out=FOLDER.")
     if not path.exists():
         if path.parent.exists() and any(path.parent.iterdir()):
             raise CommandError(f"{path.parent} holds other files and no run; choose another folder with out=FOLDER.")
@@ -128,6 +134,8 @@ def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     except records.RecordError as error:
         raise CommandError(f"{error} Choose another folder with out=FOLDER, or remove this one.") from error
     if record["config_hash"] != records.config_hash(config):
+        if record["status"] == "failed" and not (path.parent / "checkpoints" / "last.ckpt").exists():
+            return None  # it never got anywhere: the corrected command may have its place
         changed = records.differences(record["config"], config)
         shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise CommandError(

@@ -70,11 +70,15 @@ def match_size(student: Tensor, teacher: Tensor, resize: Resize = "larger") -> t
     return resize_map(student, size), resize_map(teacher, size)
 
 
-def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Zero mean and unit (biased) variance for each channel of (B, C, ...) over batch and positions."""
+def standardise(x: Tensor, min_std: float = 1e-3) -> Tensor:
+    """Zero mean and unit (biased) variance for each channel of (B, C, ...) over batch and positions.
+
+    A channel whose standard deviation is below `min_std` is divided by that instead: a constant one becomes 0, and
+    what is noise, or a gradient, grows by no more than 1 / min_std.
+    """
     dims = [0, *range(2, x.dim())]
     var, mean = torch.var_mean(x, dim=dims, keepdim=True, unbiased=False)
-    return (x - mean) / (var + eps**2).sqrt()
+    return (x - mean) / var.clamp(min=min_std**2).sqrt()
 
 
 def normalise_target(teacher: Tensor, target: TargetNorm = "raw") -> Tensor:

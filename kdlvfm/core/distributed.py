@@ -17,6 +17,7 @@ def world_size() -> int:
 def gather_batch(x: Tensor) -> Tensor:
     """The batches of all processes, (B, ...) to (world_size * B, ...), with gradient to each process's own part.
 
-    Every process must hold the same shape.
+    Every process must hold the same shape. The gradient sums the losses of all processes; where each computes the same
+    loss on what was gathered, DDP's mean over processes makes it the gradient of that one loss.
     """
     return x if world_size() == 1 else torch.cat(all_gather(x))  # type: ignore[no-untyped-call]

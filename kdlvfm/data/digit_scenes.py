@@ -46,8 +46,9 @@ class Scene:
 class SceneGenerator:
     """Scenes of one split; each is a pure function of (seed, split, index), and there is no last one.
 
-    Handwritten digits (8x8 pixels, UCI) are enlarged, turned, coloured and laid over each other on a crop of one of two
-    photographs. No digit image and no column of a photograph is used by two splits.
+    Handwritten digits (8x8 pixels, UCI) are enlarged, turned, given bright colours and laid over each other on a crop of
+    one of two photographs, darkened as at dusk: what is a digit is seen early, which one only from its shape. No digit
+    image and no column of a photograph is used by two splits.
 
     Args:
         split: `"train"`, `"val"` or `"test"`.
@@ -59,10 +60,10 @@ class SceneGenerator:
     """
 
     digits = (3, 7)  # how many a scene
-    side = (0.3, 0.55)  # of a digit's 8x8 square, as a share of the scene
-    turn = 0.35  # radians, either way
+    side = (0.3, 0.5)  # of a digit's 8x8 square, as a share of the scene
+    turn = 0.25  # radians, either way
     crop = (56, 120)  # pixels of the photograph
-    least_visible = 0.75  # share of a digit's pixels, else it is not drawn
+    least_visible = 0.85  # share of a digit's pixels, else it is not drawn
 
     def __init__(self, split: Split, *, size: int = 64, seed: int = 0) -> None:
         if split not in SPLITS:
@@ -92,7 +93,8 @@ class SceneGenerator:
             visible = solid & (mask[window] == 0)
             if visible.sum() < max(self.least_visible * solid.sum(), 12):
                 continue
-            colour = _contrasting(rng.random(3, np.float32), background[window][visible].mean(axis=0))
+            colour = rng.random(3, np.float32)
+            colour = 0.4 + 0.6 * colour / colour.max()
             light = through[window] * alpha
             paint[window] += light[..., None] * colour
             through[window] -= light
@@ -112,7 +114,7 @@ class SceneGenerator:
         )
 
     def _background(self, rng: np.random.Generator) -> Floats:
-        """A crop (size, size, 3) in [0, 1] of a photograph, mirrored or not, brightness and contrast changed."""
+        """A crop (size, size, 3) in [0, 1] of a photograph as at dusk, mirrored or not."""
         photograph = self._photographs[int(rng.integers(len(self._photographs)))]
         height, width = photograph.shape[:2]
         side = rng.uniform(*self.crop)
@@ -120,8 +122,8 @@ class SceneGenerator:
         steps = (np.arange(self.size) + 0.5) * side / self.size
         columns = steps if rng.random() < 0.5 else steps[::-1]
         crop = _bilinear_grid(photograph, top + steps, left + columns)
-        changed = (crop - 0.5) * rng.uniform(0.6, 1.1) + 0.5 + rng.uniform(-0.15, 0.15)
-        return np.asarray(np.clip(changed, 0, 1), np.float32)
+        contrast, exposure = rng.uniform(0.6, 1.2), rng.uniform(0.35, 0.6)
+        return np.asarray(np.clip((crop - 0.5) * contrast + 0.5, 0, 1) * exposure, np.float32)
 
     def _place(self, glyph: Floats, rng: np.random.Generator) -> tuple[tuple[int, int], Floats]:
         """Corner (top, left) and opacity (h, w) of a glyph, cut off where it leaves the scene."""
@@ -153,12 +155,6 @@ def _material(split: Split) -> tuple[Floats, NDArray[np.int64], tuple[Floats, ..
         for photograph in load_sample_images().images
     )
     return glyphs, bundle.target[chosen].astype(np.int64), photographs
-
-
-def _contrasting(colour: Floats, background: Floats) -> Floats:
-    """The colour, or its complement where that stands out more from the background."""
-    inverse = 1 - colour
-    return colour if np.abs(colour - background).sum() > np.abs(inverse - background).sum() else inverse
 
 
 def _bilinear(glyph: Floats, y: Floats, x: Floats) -> Floats:
@@ -230,14 +226,14 @@ class DigitScenes(SegmentationData):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        for name, value, most in (
-            ("labelled", labelled, _UNLABELLED_FROM),
-            ("unlabelled", unlabelled + 1, _STREAM_FROM - _UNLABELLED_FROM),
-            ("val", val, _STREAM_FROM),
-            ("test", test, _STREAM_FROM),
+        for name, value, least in (
+            ("labelled", labelled, 1),
+            ("unlabelled", unlabelled, 0),
+            ("val", val, 1),
+            ("test", test, 1),
         ):
-            if not 1 <= value <= most:
-                raise DataError(f"DigitScenes cannot have {name}={value} scenes.")
+            if not least <= value <= _UNLABELLED_FROM:
+                raise DataError(f"{name}={value} scenes: choose from {least} to {_UNLABELLED_FROM}.")
         self.size = size
         self.labelled = labelled
         self.unlabelled = unlabelled

@@ -81,9 +81,10 @@ def kd_loss(
 
 
 def _standardise_logits(logits: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation over the classes; epsilon as in the paper's code."""
+    """Zero mean and unit standard deviation over the classes."""
     std, mean = torch.std_mean(logits, dim=1, keepdim=True)
-    return (logits - mean) / (std + 1e-7)
+    # The paper's code adds 1e-7 instead, which multiplies the gradient of logits that are still equal by 10^7.
+    return (logits - mean) / std.clamp(min=1e-3)
 
 
 class KD(Distiller):

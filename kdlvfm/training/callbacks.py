@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from kdlvfm.training.module import DistillationModule
 
@@ -26,7 +26,9 @@ class NonFiniteLossError(RuntimeError):
 class Checkpointer(Callback):
     """Writes `last.ckpt` every so many steps, and once more when a signal asks the run to stop.
 
-    The first SIGINT or SIGTERM lets the current step finish, saves and stops; a second SIGINT stops at once.
+    The first SIGINT or SIGTERM lets the current step finish, saves and stops; a second SIGINT stops at once. Where a
+    validation follows the step, saving waits for it: a resumed run would not make up for it. So this callback comes
+    after those that keep what validations find.
 
     Args:
         path: the checkpoint file; it is replaced atomically, so a kill at any moment leaves a whole one.
@@ -37,6 +39,7 @@ class Checkpointer(Callback):
         self._path = path
         self._every = every
         self._previous: dict[int, Any] = {}
+        self._due = False
         self.interrupted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +48,7 @@ class Checkpointer(Callback):
 
         def stop(number: int, frame: FrameType | None) -> None:
             del frame
-            self.interrupted = trainer.should_stop = True
+            self.interrupted = True
             signal.signal(number, self._previous[number])
             if trainer.is_global_zero:
                 print("\nStopping after this step; the checkpoint is saved. Again to stop at once.", file=sys.stderr)
@@ -58,16 +61,33 @@ class Checkpointer(Callback):
     ) -> None:
         """Save where the step count or a signal says so."""
         del pl_module, outputs, batch
+        step = batch_idx + 1
+        self._due = step % self._every == 0 or step == trainer.num_training_batches
+        if trainer.enable_validation and step % int(trainer.val_check_batch or 1) == 0:
+            return
+        self._stop_if_asked(trainer)
+        if self.interrupted:
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops
+        self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the last step left to be saved."""
+        del pl_module
+        self._stop_if_asked(trainer)
+        self._save_if_due(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False):
             self.interrupted = trainer.should_stop = True
-        done = batch_idx + 1 == trainer.num_training_batches
-        if self.interrupted or done or (batch_idx + 1) % self._every == 0:
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if self._due or self.interrupted:
             partial = self._path.with_suffix(".partial")
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
                 partial.replace(self._path)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
         del trainer, pl_module
         self._restore()
@@ -86,34 +106,34 @@ class Checkpointer(Callback):
 class BestStudent(Callback):
     """Keeps the student's weights of the best validation so far, for selection by validation.
 
+    They are kept in memory and in the run's checkpoint, so that the two cannot disagree after a kill.
+
     Args:
-        path: file for the weights.
         metric: name of the logged metric to maximise.
     """
 
-    def __init__(self, path: Path, metric: str) -> None:
-        self._path = path
+    def __init__(self, metric: str) -> None:
         self._metric = metric
         self.best: float | None = None
         self.step: int | None = None
+        self.weights: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if this validation is the best."""
+        """Keep a copy if this validation is the best."""
         if trainer.sanity_checking or not isinstance(pl_module, DistillationModule):
             return
         value = float(trainer.callback_metrics[self._metric])
-        if self.best is None or value > self.best:
+        if math.isfinite(value) and (self.best is None or value > self.best):
             self.best, self.step = value, pl_module.completed
-            if trainer.is_global_zero:
-                torch.save(pl_module.student.state_dict(), self._path)
+            self.weights = {name: x.detach().cpu().clone() for name, x in pl_module.student.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"best": self.best, "step": self.step}
+        return {"best": self.best, "step": self.step, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
-        self.best, self.step = state_dict["best"], state_dict["step"]
+        self.best, self.step, self.weights = state_dict["best"], state_dict["step"], state_dict["weights"]
 
 
 class CurveRecorder(Callback):
@@ -129,8 +149,9 @@ class CurveRecorder(Callback):
             return
         step = pl_module.completed
         self.points = [point for point in self.points if point["step"] != step]
+        value = float(trainer.callback_metrics[self._metric])
         self.points.append(
-            {"step": step, "metrics": {self._metric.split("/")[-1]: float(trainer.callback_metrics[self._metric])}}
+            {"step": step, "metrics": {self._metric.split("/")[-1]: value if math.isfinite(value) else None}}
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,14 +266,13 @@ class FiniteLoss(Callback):
     ) -> None:
         """Look at the logged loss now and then: each look waits for the GPU."""
         del pl_module, outputs, batch
-        if (batch_idx + 1) % self._every == 0 and not torch.isfinite(trainer.callback_metrics["loss"]):
-            bad = [
-                name
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith("train/") and not torch.isfinite(value)
-            ]
+        step = batch_idx + 1
+        due = step % self._every == 0 or step == trainer.num_training_batches
+        if due and not torch.isfinite(trainer.callback_metrics["loss"]):
+            terms = {name: x for name, x in trainer.callback_metrics.items() if name.startswith("train/")}
+            bad = [name for name, x in terms.items() if not torch.isfinite(x)]
             raise NonFiniteLossError(
-                f"the loss is not finite at step {batch_idx + 1} (terms: {', '.join(bad) or 'all finite by now'}); "
+                f"the loss is not finite at step {step} (terms: {', '.join(bad) or 'all finite by now'}); "
                 "lower the learning rate or the loss weights, clip gradients, or train in float32."
             )
 
@@ -262,12 +282,10 @@ class LineProgress(Callback):
 
     Args:
         every: steps between lines.
-        write: called with each line.
     """
 
-    def __init__(self, every: int, write: Callable[[str], None] = print) -> None:
+    def __init__(self, every: int) -> None:
         self._every = every
-        self._write = write
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -277,4 +295,4 @@ class LineProgress(Callback):
         step, steps = batch_idx + 1, int(trainer.num_training_batches)
         if trainer.is_global_zero and (step % self._every == 0 or step == steps):
             loss = float(trainer.callback_metrics["loss"])
-            self._write(f"step {step}/{steps}  loss {loss:.4g}")
+            print(f"step {step}/{steps}  loss {loss:.4g}", flush=True)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ from kdlvfm.training.callbacks import (
     LineProgress,
 )
 from kdlvfm.training.module import DistillationModule
+
+PROGRESS = ("bar", "line", "none")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_fit(
     distiller: Distiller,
     teacher: Teacher | None,
     num_classes: int,
-    precision: str,
+    precision: str | int,
     accelerator: str,
 ) -> None:
     """Everything about a run that can be wrong before any work is done.
@@ -73,8 +75,28 @@ def check_fit(
                 "use a teacher trained on these classes."
             )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if precision.startswith("16") and on_cpu:
+    if str(precision).startswith("16") and on_cpu:
         raise ValueError("float16 training needs a GPU: use trainer.precision=bf16-mixed or 32-true on a CPU.")
+
+
+def check_schedule(*, steps: int, selection: str, val_every: int | None, checkpoint_every: int, progress: str) -> None:
+    """The arguments of `fit` that say when and how, and the steps of the run.
+
+    Raises:
+        ValueError: the cause, and what to change.
+    """
+    if selection not in ("last", "best_val"):
+        raise ValueError(f"recipe.selection must be last or best_val, not {selection!r}.")
+    if selection == "best_val" and val_every is None:
+        raise ValueError("recipe.selection=best_val needs recipe.val_every, the steps between validations.")
+    if val_every is not None and not 1 <= val_every <= steps:
+        raise ValueError(
+            f"recipe.val_every must be from 1 to recipe.steps={steps}, not {val_every}; null validates at the end only."
+        )
+    if checkpoint_every < 1:
+        raise ValueError(f"run.checkpoint_every must be at least 1, not {checkpoint_every}.")
+    if progress not in PROGRESS:
+        raise ValueError(f"run.progress must be auto, {', '.join(PROGRESS)}, not {progress!r}.")
 
 
 def fit(
@@ -106,19 +128,21 @@ def fit(
         ValueError: an argument is none of the above.
         NonFiniteLossError: the loss is no longer a number.
     """
-    if selection not in ("last", "best_val"):
-        raise ValueError(f"selection must be 'last' or 'best_val', not {selection!r}.")
-    if selection == "best_val" and val_every is None:
-        raise ValueError("selection=best_val needs recipe.val_every, the steps between validations.")
+    check_schedule(
+        steps=module.steps,
+        selection=selection,
+        val_every=val_every,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    last, best = checkpoints / "last.ckpt", checkpoints / "best_student.pt"
+    last = checkpoints / "last.ckpt"
     metric = f"val/{module.task.primary_metric}"
     curve, cost, checkpointer = CurveRecorder(metric), CostMeter(), Checkpointer(last, checkpoint_every)
-    callbacks: list[Callback] = [curve, cost, FiniteLoss(), checkpointer, *_progress(progress, module.steps)]
-    keeper = BestStudent(best, metric) if selection == "best_val" else None
-    if keeper is not None:
-        callbacks.append(keeper)
+    keeper = BestStudent(metric) if selection == "best_val" else None
+    callbacks: list[Callback] = [curve, cost, FiniteLoss(), *_progress(progress, module.steps)]
+    callbacks += [checkpointer] if keeper is None else [keeper, checkpointer]
     # Lightning's advice and its notes on devices would bury what the run itself has to say.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -127,6 +151,8 @@ def fit(
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         warnings.filterwarnings("ignore", r"The '\w+' does not have many workers")
         # Ours are resumable: `start_step` is set in `DistillationModule.on_load_checkpoint`.
+        # Lightning 2.6 under newer releases of torch.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         runner = Trainer(
             **_strategy(trainer, module),
@@ -140,13 +166,13 @@ def fit(
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=progress == "bar",
-            log_every_n_steps=10,
+            log_every_n_steps=min(10, module.steps),
             default_root_dir=folder,
         )
         runner.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     selected = module.completed
     if keeper is not None and keeper.step is not None and not checkpointer.interrupted:
-        module.student.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+        module.student.load_state_dict(keeper.weights)
         selected = keeper.step
     return FitResult(not checkpointer.interrupted, selected, curve.points, cost.summary(), runner.strategy.root_device)
 
@@ -154,12 +180,7 @@ def fit(
 def _progress(kind: str, steps: int) -> list[Callback]:
     if kind == "bar":
         return [RichProgressBar(leave=True)]
-    if kind == "line":
-        return [LineProgress(max(1, min(50, steps // 20)))]
-    if kind == "none":
-        return []
-    near = difflib.get_close_matches(kind, ["bar", "line", "none"], n=1)
-    raise ValueError(f"run.progress must be bar, line or none, not {kind!r}{f'; {near[0]}?' if near else '.'}")
+    return [LineProgress(max(1, min(50, steps // 20)))] if kind == "line" else []
 
 
 def _strategy(trainer: Mapping[str, Any], module: DistillationModule) -> dict[str, Any]:
@@ -177,7 +198,8 @@ def evaluate(
     """The task's metrics of a model over a loader.
 
     Returns:
-        Metrics by name; those called `<group>/<class>` are gathered in a dict called `<group>`.
+        Metrics by name; those called `<group>/<class>` are gathered in a dict called `<group>`, where `None` stands for
+        one that is not defined. Others that are not defined, since no label was seen, are left out.
     """
     training = model.training
     model.eval().to(device)
@@ -192,8 +214,8 @@ def evaluate(
         number = float(value)
         group, _, member = name.partition("/")
         if member:
-            result.setdefault(group, {})[member] = None if number != number else number
-        else:
+            result.setdefault(group, {})[member] = None if math.isnan(number) else number
+        elif not math.isnan(number):
             result[name] = number
     return result
 

@@ -31,7 +31,7 @@ class DistillationModule(LightningModule):
         steps: batches of the whole run.
         batches_per_epoch: batches in one pass over the training set; `Step.epoch` is counted in these.
         teacher: the frozen network, if the distiller taps one.
-        accumulate: batches whose gradients are averaged into one optimizer step.
+        accumulate: updates of a group whose gradients are averaged into one optimizer step; usually one for each batch.
         seed: of dropout and everything else that draws random numbers in a step.
     """
 
@@ -49,6 +49,8 @@ class DistillationModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if accumulate < 1:
+            raise ValueError(f"recipe.accumulate must be at least 1, not {accumulate}.")
         self.automatic_optimization = False
         self.student = student
         self.distiller = distiller
@@ -60,6 +62,8 @@ class DistillationModule(LightningModule):
         self._accumulate = accumulate
         self._seed = seed
         self._groups = distiller.parameter_groups(student)
+        self._pending = dict.fromkeys(self._groups, 0)
+        self._gradients: dict[str, Tensor] = {}
         self._metrics = task.metrics()
         self.completed = 0
         plans.check(self._groups)
@@ -73,6 +77,13 @@ class DistillationModule(LightningModule):
         """One optimizer for each parameter group, in the order of `Distiller.parameter_groups`."""
         return [self._plans[name].optimizer(parameters) for name, parameters in self._groups.items()]
 
+    def on_train_start(self) -> None:
+        """Take up the gradients of a checkpoint; until now Lightning would have dropped them."""
+        parameters = dict(self.named_parameters())
+        while self._gradients:
+            name, gradient = self._gradients.popitem()
+            parameters[name].grad = gradient.to(parameters[name].device)
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Every update that the distiller yields for this batch."""
         torch.manual_seed(step_seed(self._seed, self.global_rank, batch_idx))
@@ -80,11 +91,16 @@ class DistillationModule(LightningModule):
         epoch, position = divmod(batch_idx, self._batches_per_epoch)
         step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task)
         for update in self.distiller.updates(step):
-            self._take(update, batch_idx)
+            self._backward(update)
+            if self._pending[update.group] == self._accumulate:
+                self._move(update.group, batch_idx)
+        if batch_idx + 1 == self.steps:
+            for group in [group for group, pending in self._pending.items() if pending]:
+                self._move(group, batch_idx)
         self.completed = batch_idx + 1
 
-    def _take(self, update: Update, batch_idx: int) -> None:
-        """Backward, and where accumulation allows it, one optimizer step of the update's group."""
+    def _backward(self, update: Update) -> None:
+        """Add the update's share to the gradients of its group, and to no others."""
         loss = torch.stack([term.float() for term in update.terms.values()]).sum()
         # A gradient accumulated for another group must neither grow by this update nor be lost.
         others = [p for name, group in self._groups.items() if name != update.group for p in group]
@@ -94,14 +110,22 @@ class DistillationModule(LightningModule):
         self.manual_backward(loss / self._accumulate)
         for parameter, grad in zip(others, kept, strict=True):
             parameter.grad = grad
+        self._pending[update.group] += 1
         self._log_terms(update, loss)
-        if (batch_idx + 1) % self._accumulate == 0 or batch_idx + 1 == self.steps:
-            optimizer = self._optimizer(update.group)
-            factor = self._plans[update.group].factor(batch_idx, self.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def _move(self, group: str, batch_idx: int) -> None:
+        """One optimizer step of a group."""
+        if self._pending[group] < self._accumulate:  # the run ends here; what there is must still be a mean
+            for parameter in self._groups[group]:
+                if parameter.grad is not None:
+                    parameter.grad *= self._accumulate / self._pending[group]
+        optimizer = self._optimizer(group)
+        factor = self._plans[group].factor(batch_idx, self.steps)
+        for options in optimizer.param_groups:
+            options["lr"] = options.setdefault("initial_lr", options["lr"]) * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        self._pending[group] = 0
 
     def _optimizer(self, group: str) -> Any:
         optimizers = self.optimizers()
@@ -122,6 +146,9 @@ class DistillationModule(LightningModule):
         self.log_dict({f"{prefix}{name}": term.detach() for name, term in update.terms.items()})
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients: Lightning would drop those that are being accumulated."""
+
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""
         self._metrics.reset()
@@ -141,12 +168,18 @@ class DistillationModule(LightningModule):
         self.log(f"val/{name}", torch.as_tensor(result[name]), prog_bar=True, rank_zero_only=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how many batches were completed."""
+        """Note how many batches were completed, and the gradients that wait for more."""
         checkpoint["kdlvfm_completed"] = self.completed
+        checkpoint["kdlvfm_pending"] = dict(self._pending)
+        checkpoint["kdlvfm_gradients"] = {
+            name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the data go on where the checkpoint stopped."""
         self.completed = checkpoint["kdlvfm_completed"]
+        self._pending = dict(checkpoint["kdlvfm_pending"])
+        self._gradients = checkpoint["kdlvfm_gradients"]
         self.trainer.datamodule.start_step = self.completed  # type: ignore[attr-defined]
 
 

@@ -64,15 +64,24 @@ class Plans:
     def __getitem__(self, group: str) -> Plan:
         return self.groups.get(group, self.default)
 
-    def check(self, groups: Iterable[str]) -> None:
-        """Raise if a plan is for a group that the distiller does not have.
+    def check(self, groups: Mapping[str, Iterable[Parameter]]) -> None:
+        """Raise now for what would fail at the first step: a group or an argument that there is not.
+
+        Args:
+            groups: the parameters of each group of the distiller.
 
         Raises:
-            ValueError: naming the groups there are.
+            ValueError: a plan is for none of the groups, or a group has no parameters.
+            TypeError: an optimizer or schedule does not take an argument given.
         """
-        known = list(groups)
         for group in self.groups:
-            if group not in known:
+            if group not in groups:
                 raise ValueError(
-                    f"the recipe has an optimizer for the group {group!r}, but the groups are {', '.join(known)}."
+                    f"the recipe has an optimizer for the group {group!r}, but the groups are {', '.join(groups)}."
                 )
+        for group, parameters in groups.items():
+            trained = list(parameters)
+            if not trained:
+                raise ValueError(f"nothing to train in the group {group!r}: all its parameters are frozen.")
+            self[group].optimizer(trained)
+            self[group].schedule(0.0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
-from kdlvfm.data.digit_scenes import SPLITS, SceneGenerator, _material
+from kdlvfm.data.digit_scenes import SPLITS, DigitScenes, SceneGenerator, _material
+from kdlvfm.data.segmentation import DataError
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,80 @@ def test_size_sets_the_side_of_the_scene(size):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="train, val and test, not 'trian'"):
+    with pytest.raises(DataError, match="train, val and test, not 'trian'"):
         SceneGenerator("trian")
-    with pytest.raises(ValueError, match="size >= 32"):
+    with pytest.raises(DataError, match="size >= 32"):
         SceneGenerator("train", size=8)
+
+
+def few(**changes):
+    arguments = {
+        "batch_size": 6,
+        "steps": 4,
+        "labelled": 5,
+        "unlabelled": 20,
+        "val": 3,
+        "test": 4,
+        "labelled_per_batch": 2,
+    }
+    return DigitScenes(**{**arguments, **changes})
+
+
+def test_batches_mix_labelled_and_unlabelled_scenes():
+    data = few()
+    data.check()
+    for batch in data.train_dataloader():
+        assert batch["image"].shape == (6, 3, 64, 64)
+        assert 0 <= batch["image"].min() < batch["image"].max() <= 1
+        labelled = batch["index"] < 5
+        assert labelled.sum() == 2
+        assert (batch["mask"][~labelled] == -1).all()
+        assert (batch["mask"][labelled] >= 0).all()
+        assert batch["mask"].max() <= 10
+
+
+def test_samples_are_the_generators_scenes():
+    data = few(scenes_seed=9)
+    scene = SceneGenerator("val", seed=9).scene(2)
+    image, mask = data.samples("val")[2]
+    assert torch.equal(image, torch.from_numpy(scene.image).permute(2, 0, 1))
+    assert torch.equal(mask, torch.from_numpy(scene.mask).long())
+    with pytest.raises(IndexError):
+        data.samples("val")[3]
+
+
+def test_counts_and_classes():
+    data = few()
+    assert data.counts() == {"train": 25, "labelled": 5, "unlabelled": 20, "val": 3, "test": 4}
+    assert data.num_classes == len(data.palette) == len(set(data.palette)) == 11
+
+
+def test_no_two_parts_share_a_scene():
+    data = few()
+    stream = few(stream=True, labelled_per_batch=None)
+    parts = [data.samples("train"), data.unlabelled_samples(), stream.samples("train")]
+    images = [part[i][0].numpy().tobytes() for part in parts for i in range(len(part))]
+    assert len(set(images)) == len(images) == 5 + 20 + 24
+
+
+def test_stream_is_labelled_and_never_repeats():
+    data = few(stream=True, labelled_per_batch=None)
+    batches = list(data.train_dataloader())
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(24))
+    assert min(batch["mask"].min() for batch in batches) == 0
+    assert data.unlabelled_samples() is None
+
+
+def test_split_hash_follows_the_scenes_and_nothing_else():
+    reference = few().split_hash()
+    assert few(seed=1).split_hash() == reference
+    assert few(num_workers=2).split_hash() == reference
+    for change in ({"scenes_seed": 1}, {"labelled": 6}, {"unlabelled": 0, "labelled_per_batch": 6}, {"size": 32}):
+        assert few(**change).split_hash() != reference
+
+
+@pytest.mark.parametrize("change", [{"labelled": 0}, {"unlabelled": -1}, {"val": 0}, {"test": 0}, {"labelled": 10**7}])
+def test_impossible_counts_are_named(change):
+    (name,) = change
+    with pytest.raises(DataError, match=f"{name}="):
+        few(**change)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method, built from its YAML file as in a run, keeps the contract of a distiller on toy networks."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdlvfm.cli.config import compose, instantiate, options
+from kdlvfm.core import Distiller
+
+BASELINE = "none"
+NAMES = options("distiller")
+EPOCHS = (0, 1)  # a method may alternate between phases
+
+
+@functools.cache
+def node_of(name):
+    return compose([f"distiller={name}"])["distiller"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def build(name, context):
+    """A factory of distillers with their own initial weights."""
+
+    def make(seed=0):
+        torch.manual_seed(seed)
+        distiller = instantiate(node_of(name))(context)
+        assert isinstance(distiller, Distiller)
+        return distiller
+
+    return make
+
+
+@pytest.fixture
+def seen(student, teacher, batch):
+    """What a distiller reads, as plain tensors without a graph; the teacher's could take a gradient."""
+
+    def features(distiller, dtype=torch.float32):
+        with torch.no_grad():
+            from_student = student(batch["image"], distiller.student_taps)
+            from_teacher = teacher(batch["image"], distiller.teacher_taps)
+        return tuple(
+            {tap: value.detach().clone().to(dtype).requires_grad_() for tap, value in features.items()}
+            for features in (from_student, from_teacher)
+        )
+
+    return features
+
+
+def total(terms):
+    """The sum of the terms; a sum of none is a constant."""
+    return torch.stack([torch.zeros(()), *(term.float() for term in terms.values())]).sum()
+
+
+def check(terms):
+    for name, term in terms.items():
+        assert isinstance(name, str)
+        assert name
+        assert term.shape == ()
+        assert term.isfinite()
+        assert term.dtype == torch.float32
+
+
+def backward(terms):
+    if terms:
+        total(terms).backward()
+
+
+def test_the_files_are_found():
+    assert BASELINE in NAMES
+    assert len(NAMES) > 1
+
+
+def test_taps_are_names_that_the_networks_have(build, student, teacher):
+    distiller = build()
+    for taps, model in ((distiller.student_taps, student), (distiller.teacher_taps, teacher)):
+        assert isinstance(taps, tuple)
+        for tap in taps:
+            model.tap_info(tap)
+
+
+def test_plain_tensors_give_finite_named_scalars(name, build, seen, batch):
+    distiller = build()
+    for target in (batch["mask"], torch.full_like(batch["mask"], -1)):
+        terms = distiller(*seen(distiller), target)
+        check(terms)
+        assert bool(terms) == (name != BASELINE)
+
+
+def test_gradient_reaches_what_is_read_of_the_student_and_nothing_of_the_teacher(name, build, seen, batch):
+    distiller = build()
+    from_student, from_teacher = seen(distiller)
+    backward(distiller(from_student, from_teacher, batch["mask"]))
+    assert all(value.grad is None for value in from_teacher.values())
+    reached = [value.grad for value in from_student.values() if value.grad is not None]
+    assert all(grad.isfinite().all() for grad in reached)
+    assert any((grad != 0).any() for grad in reached) == (name != BASELINE)
+
+
+def test_inputs_are_left_as_they_were(build, seen, batch):
+    distiller = build()
+    features = seen(distiller)
+    before = copy.deepcopy([{tap: value.detach() for tap, value in half.items()} for half in features])
+    mask = batch["mask"].clone()
+    distiller(*features, batch["mask"])
+    assert torch.equal(mask, batch["mask"])
+    for half, kept in zip(features, before, strict=True):
+        assert all(torch.equal(half[tap], kept[tap]) for tap in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_under_autocast(build, seen, batch, dtype):
+    distiller = build()
+    from_student, from_teacher = seen(distiller, dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = distiller(from_student, from_teacher, batch["mask"])
+    check(terms)
+    backward(terms)
+    reached = [*from_student.values(), *distiller.parameters()]
+    assert all(value.grad.isfinite().all() for value in reached if value.grad is not None)
+
+
+def test_whole_step_under_autocast(build, make_step):
+    distiller = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for update in distiller.updates(make_step()):
+            assert all(term.shape == () and term.isfinite() for term in update.terms.values())
+            backward(update.terms)
+
+
+def test_distillation_moves_the_student_by_itself(name, build, student, teacher, batch):
+    distiller = build()
+    features = student(batch["image"], distiller.student_taps)
+    backward(distiller(features, teacher(batch["image"], distiller.teacher_taps), batch["mask"]))
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert all(grad.isfinite().all() for grad in gradients)
+    assert any((grad != 0).any() for grad in gradients) == (name != BASELINE)
+
+
+def test_groups_hold_every_trainable_parameter_once(build, student):
+    next(student.parameters()).requires_grad_(False)
+    distiller = build()
+    groups = distiller.parameter_groups(student)
+    assert "student" in groups
+    held = [id(parameter) for group in groups.values() for parameter in group]
+    trainable = {id(p) for model in (student, distiller) for p in model.parameters() if p.requires_grad}
+    assert len(held) == len(set(held))
+    assert set(held) == trainable
+
+
+def test_steps_are_taken_and_touch_nothing_of_the_teacher(build, make_step, student, teacher):
+    distiller = build()
+    groups = distiller.parameter_groups(student)
+    constant = copy.deepcopy(teacher.model.state_dict())
+    trained = set()
+    for epoch in EPOCHS:
+        taken = 0
+        for update in distiller.updates(make_step(epoch=epoch)):
+            assert update.terms
+            assert all(term.shape == () and term.isfinite() for term in update.terms.values())
+            total(update.terms).backward()
+            taken += 1
+            for parameter in groups[update.group]:
+                if parameter.grad is not None:
+                    trained.add(id(parameter))
+                    parameter.data -= 1e-3 * parameter.grad
+            for parameter in (*student.parameters(), *distiller.parameters()):
+                parameter.grad = None
+        assert taken >= 1
+    assert trained == {id(parameter) for group in groups.values() for parameter in group}
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert all(torch.equal(constant[key], value) for key, value in teacher.model.state_dict().items())
+    assert not any(module.training for module in teacher.model.modules())
+
+
+def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_step, batch, tmp_path: Path):
+    first, second = build(seed=0), build(seed=1)
+    for update in first.updates(make_step()):
+        backward(update.terms)
+        with torch.no_grad():
+            for parameter in first.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    torch.save(first.state_dict(), tmp_path / "distiller.pt")
+    second.load_state_dict(torch.load(tmp_path / "distiller.pt", weights_only=True))
+    results = []
+    for distiller in (first, second):
+        torch.manual_seed(5)
+        results.append(distiller(*seen(distiller), batch["mask"]))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][term], results[1][term]) for term in results[0])
+
+
+def test_a_wrong_argument_is_refused(name, context):
+    with pytest.raises(TypeError, match="no_such_argument"):
+        instantiate({**node_of(name), "no_such_argument": 1})(context)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape, size and scale, against loops and numpy."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdlvfm.core import align
+
+
+def test_promote_lifts_half_precision_only():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert align.promote(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        x = torch.ones(2, dtype=dtype)
+        assert align.promote(x) is x
+
+
+def test_tokens_fill_the_map_row_by_row():
+    tokens = torch.rand(2, 6, 5)
+    x = align.tokens_to_map(tokens, (2, 3))
+    assert x.shape == (2, 5, 2, 3)
+    for row in range(2):
+        for column in range(3):
+            assert torch.equal(x[:, :, row, column], tokens[:, row * 3 + column])
+
+
+def test_a_prefix_token_left_in_is_an_error():
+    with pytest.raises(ValueError, match="7 tokens do not fill a grid of 2x3 = 6"):
+        align.tokens_to_map(torch.rand(1, 7, 4), (2, 3))
+
+
+def test_resize_of_equal_size_copies_nothing():
+    x = torch.rand(1, 2, 4, 5)
+    assert align.resize_map(x, (4, 5)) is x
+
+
+def test_enlarging_interpolates_between_pixel_centres():
+    ramp = torch.tensor([0.0, 4.0]).view(1, 1, 1, 2)
+    assert align.resize_map(ramp, (1, 4)).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
+
+
+def test_shrinking_averages_instead_of_skipping():
+    stripes = torch.tensor([0.0, 1.0]).repeat(32).view(1, 1, 1, 64).expand(1, 1, 64, 64).contiguous()
+    small = align.resize_map(stripes, (8, 8))
+    assert (small - 0.5).abs().max() < 0.05
+    torch.testing.assert_close(small, F.interpolate(stripes, size=(8, 8), mode="bilinear", antialias=True))
+
+
+@pytest.mark.parametrize(
+    ("resize", "size"), [("larger", (8, 9)), ("student", (4, 9)), ("teacher", (8, 6))], ids=lambda value: str(value)
+)
+def test_match_size_says_who_is_resized(resize, size):
+    student, teacher = torch.rand(2, 3, 8, 6), torch.rand(2, 5, 4, 9)
+    first, second = align.match_size(student, teacher, resize)
+    assert first.shape == (2, 3, *size)
+    assert second.shape == (2, 5, *size)
+    if resize == "student":
+        assert second is teacher
+    if resize == "teacher":
+        assert first is student
+
+
+def test_larger_leaves_the_larger_map_alone():
+    student, teacher = torch.rand(1, 2, 4, 4), torch.rand(1, 2, 8, 8)
+    assert align.match_size(student, teacher)[1] is teacher
+    assert align.match_size(teacher, student)[0] is teacher
+
+
+def test_match_size_refuses_other_words():
+    with pytest.raises(ValueError, match="resize must be 'larger', 'student' or 'teacher', not 'smaller'"):
+        align.match_size(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 3, 3), "smaller")
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (12, 16), (5, 7)])
+def test_labels_are_resized_to_the_nearest_centre(size):
+    labels = torch.randint(-1, 256, (2, 6, 8))
+    resized = align.resize_labels(labels, size)
+    assert resized.dtype == labels.dtype
+    for row in range(size[0]):
+        for column in range(size[1]):
+            source = labels[:, int((row + 0.5) * 6 / size[0]), int((column + 0.5) * 8 / size[1])]
+            assert torch.equal(resized[:, row, column], source)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 7), (2, 3, 4, 5)])
+def test_standardise_against_numpy(shape):
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 2
+    axes = (0, *range(2, len(shape)))
+    values = x.numpy()
+    expected = (values - values.mean(axes, keepdims=True)) / values.std(axes, keepdims=True)
+    np.testing.assert_allclose(align.standardise(x).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_standardise_forgets_a_positive_affine_change_of_each_channel():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    scale, shift = torch.tensor([0.1, 2.0, 30.0]).view(3, 1, 1), torch.tensor([-5.0, 0.0, 9.0]).view(3, 1, 1)
+    torch.testing.assert_close(align.standardise(x * scale + shift), align.standardise(x), rtol=1e-9, atol=1e-9)
+
+
+def test_standardise_amplifies_noise_and_gradients_no_more_than_stated():
+    x = (1e-6 * torch.randn(2, 3, 4, 5, dtype=torch.float64)).requires_grad_()
+    torch.testing.assert_close(align.standardise(x), (x - x.mean((0, 2, 3), keepdim=True)) * 1e3)
+    align.standardise(x, min_std=0.1)[0, 0, 0, 0].backward()
+    assert x.grad.abs().max() <= 10
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_standardise_of_a_constant_is_finite_in_value_and_gradient(value):
+    x = torch.full((1, 2, 3, 3), value, requires_grad=True)
+    result = align.standardise(x)
+    result.square().sum().backward()
+    assert result.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_raw_target_is_the_tensor_itself():
+    x = torch.randn(2, 3, 4, 5)
+    assert align.normalise_target(x, "raw") is x
+    assert align.normalise_target(x) is x
+
+
+def test_standardize_target():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(align.normalise_target(x, "standardize"), align.standardise(x))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 4, 5)])
+def test_layernorm_target_against_numpy(shape):
+    x = torch.randn(shape, dtype=torch.float64) * 5 + 1
+    values = x.numpy()
+    expected = (values - values.mean(1, keepdims=True)) / np.sqrt(values.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(align.normalise_target(x, "layernorm").numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="target must be 'raw', 'standardize' or 'layernorm', not 'phi-s'"):
+        align.normalise_target(torch.zeros(1, 1, 1, 1), "phi-s")
