@@ -73,7 +73,20 @@ def build_task(config: Mapping[str, Any], data: SegmentationData) -> Task:
 
 
 def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
-    """The student, with a head for the number of classes."""
+    """The student, with a head for the number of classes.
+
+    Its encoder may come from the list of teachers, whose `input_size` only a `Teacher` can follow.
+
+    Raises:
+        CommandError: a wrong argument.
+    """
+    encoder = node.get("encoder")
+    if isinstance(encoder, Mapping) and "input_size" in encoder:
+        if encoder["input_size"] is not None:
+            raise CommandError(
+                "student.encoder.input_size is for teachers; a student sees images as the data has them."
+            )
+        node = {**node, "encoder": {key: value for key, value in encoder.items() if key != "input_size"}}
     student: FeatureModel = instantiate(node, num_classes=num_classes)
     return student
 

@@ -88,13 +88,19 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(_one_line(error)) from error
     config["choices"] = choices
-    for node in (config, *config.values()):
-        if isinstance(node, dict):
-            node.pop("about", None)  # said to people by `kdlvfm list`; no part of the run
+    _drop_about(config)
     if choices["distiller"] == "none" or choices["teacher"] == "none":
         # The baseline never sees a teacher: one run serves the comparison with every teacher.
         config["teacher"], choices["teacher"] = None, "none"
     return config
+
+
+def _drop_about(node: dict[str, Any]) -> None:
+    """Take out what YAML files say to people, for `kdlvfm list`: it is no part of a run."""
+    node.pop("about", None)
+    for value in node.values():
+        if isinstance(value, dict):
+            _drop_about(value)
 
 
 def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:

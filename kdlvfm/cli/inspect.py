@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from kdlvfm.cli import CommandError
 from kdlvfm.core import TapInfo
+
+_Built = TypeVar("_Built")
 
 _HELP = """\
 usage: kdlvfm inspect [teacher=NAME] [student=NAME] [KEY=VALUE ...]
@@ -24,7 +28,6 @@ def run(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(_HELP)
         return 0
-    import torch
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -35,10 +38,9 @@ def run(arguments: Sequence[str]) -> int:
 
     config = compose(["distiller=kd", *arguments])
     try:
-        with torch.device("meta"):  # facts need no memory, which the largest teachers would fill
-            student = build_student(without_weights(config["student"]), num_classes=2)
-            node = config["teacher"]
-            teacher = None if node is None else build_teacher(without_weights(node), ("a", "b"))
+        student = _outline(lambda: build_student(without_weights(config["student"]), num_classes=2))
+        node = config["teacher"]
+        teacher = None if node is None else _outline(lambda: build_teacher(without_weights(node), ("a", "b")))
     except ValueError as error:
         raise CommandError(str(error)) from error
     console = Console()
@@ -67,6 +69,18 @@ def run(arguments: Sequence[str]) -> int:
             f"distiller.student_tap={example[0]} distiller.teacher_tap={example[1]}"
         )
     return 0
+
+
+def _outline(build: Callable[[], _Built]) -> _Built:
+    """What `build` makes, without memory for its weights: those of the largest teachers would fill the machine."""
+    import torch
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*to a meta parameter in the current model, which is a no-op")
+            return build()
+    except NotImplementedError:  # open_clip moves its networks to a device, and so cannot do without
+        return build()
 
 
 def pairs(student: Mapping[str, TapInfo], teacher: Mapping[str, TapInfo]) -> list[tuple[str, str]]:

@@ -75,7 +75,8 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
             progress=progress,
         )
         if not result.finished:
-            save(status="interrupted", ended=records.now(), curve=result.curve)
+            cost = _cost(began, earlier, result.cost)
+            save(status="interrupted", ended=records.now(), curve=result.curve, cost=cost)
             if lead:
                 print(f"Interrupted. To go on: {command_line(overrides)}")
             return 130
@@ -89,14 +90,13 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
             record["teacher"]["metrics"] = _teacher_metrics(cell.teacher, run, cell, loaders, result.device)
         if lead:
             _write_weights(cell.student, folder)
-        seconds = time.perf_counter() - began + _seconds(earlier)
         save(
             status="finished",
             ended=records.now(),
             metrics=metrics,
             curve=result.curve,
             selected_step=result.selected_step,
-            cost={"seconds": seconds, **result.cost},
+            cost=_cost(began, earlier, result.cost),
         )
     except (KeyboardInterrupt, SystemExit):
         save(status="interrupted", ended=records.now())
@@ -199,8 +199,9 @@ def _teacher_metrics(
     teacher: Teacher, run: str | None, cell: Cell, loaders: Mapping[str, Loader], device: torch.device
 ) -> dict[str, Any] | None:
     """The upper bound: the metrics of a teacher that has a head, from its own run where that saw the same data."""
-    if "logits" not in teacher.taps():
-        return None
+    logits = teacher.taps().get("logits")
+    if logits is None or logits.stride is None or logits.dim != cell.data.num_classes:
+        return None  # no head, or one for other classes, such as a classifier of images
     if run is not None:
         record = read_run(Path(run))
         if record["data"]["split_hash"] == cell.data.split_hash():
@@ -239,9 +240,14 @@ def _closing(folder: Path, record: Mapping[str, Any]) -> None:
     print(f"next       kdlvfm table {folder.parent}    or    kdlvfm evaluate {folder} --split val")
 
 
-def _seconds(earlier: Mapping[str, Any] | None) -> float:
-    cost = earlier["cost"] if earlier else None
-    return float(cost["seconds"]) if cost else 0.0
+def _cost(
+    began: float, earlier: Mapping[str, Any] | None, training: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """The cost of training, and the seconds of everything: of earlier starts too, as far as their records say."""
+    before = earlier["cost"]["seconds"] if earlier and earlier["cost"] else 0.0
+    # A killed start leaves no record of its seconds, but a checkpoint that knows those of its training.
+    seconds = max(time.perf_counter() - began + before, training["train_seconds"] or 0.0)
+    return {"seconds": seconds, **training}
 
 
 def command_line(overrides: Sequence[str]) -> str:

@@ -121,6 +121,8 @@ class Distiller(nn.Module, ABC):
 
     def updates(self, step: Step) -> Iterator[Update]:
         """One `Update` for each optimizer step of the method; code after a `yield` runs after that step was taken."""
+        if self.teacher_taps and step.teacher is None:
+            raise ValueError(f"{type(self).__name__} needs a teacher, and this step has none.")
         taps = dict.fromkeys((*step.task.student_taps, *self.student_taps))
         student = step.student(step.images, tuple(taps))
         teacher = step.teacher(step.images, self.teacher_taps) if step.teacher is not None else {}

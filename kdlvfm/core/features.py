@@ -81,6 +81,10 @@ class FeatureModel(nn.Module, ABC):
         """
         return resolve_tap(tap, self.taps(), self.card.name)[1]
 
+    def check_tap(self, tap: str) -> None:
+        """Raise `TapError` if there is no such tap. A tap without stated facts, `module:<path>`, may exist."""
+        self.tap_info(tap)
+
     @abstractmethod
     def forward(self, images: Tensor, taps: Collection[str]) -> dict[str, Tensor]:
         """Features of `images` (B, 3, H, W) in [0, 1], one entry for each name in `taps`, keyed as asked."""

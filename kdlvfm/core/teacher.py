@@ -51,6 +51,10 @@ class Teacher(nn.Module):
         """Facts about `tap`; raises `TapError` if there is no such tap."""
         return self.model.tap_info(tap)
 
+    def check_tap(self, tap: str) -> None:
+        """Raise `TapError` if there is no such tap."""
+        self.model.check_tap(tap)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -46,9 +46,9 @@ class Scene:
 class SceneGenerator:
     """Scenes of one split; each is a pure function of (seed, split, index), and there is no last one.
 
-    Handwritten digits (8x8 pixels, UCI) are enlarged, turned, given bright colours and laid over each other on a crop of
-    one of two photographs, darkened as at dusk: what is a digit is seen early, which one only from its shape. No digit
-    image and no column of a photograph is used by two splits.
+    Handwritten digits (8x8 pixels, UCI) are enlarged, turned, given bright colours and laid over each other on a crop
+    of one of two photographs, darkened as at dusk: that there is a digit is easily seen, which one only by its shape.
+    No digit image and no column of a photograph is used by two splits.
 
     Args:
         split: `"train"`, `"val"` or `"test"`.

@@ -50,6 +50,13 @@ class Adapter(FeatureModel):
             )
         return super().tap_info(tap)
 
+    def check_tap(self, tap: str) -> None:
+        """Raise `TapError` if there is no such tap or sub-module."""
+        if tap.startswith(MODULE_TAP):
+            find_module(self.net, tap.removeprefix(MODULE_TAP))
+        else:
+            self.tap_info(tap)
+
     @abstractmethod
     def features(self, images: Tensor, taps: frozenset[str], *, complete: bool) -> dict[str, Tensor]:
         """Features of images in [0, 1] for canonical tap names.

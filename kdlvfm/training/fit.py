@@ -65,11 +65,12 @@ def check_fit(
         ValueError: the cause, and what to change.
     """
     for tap in distiller.student_taps:
-        student.tap_info(tap)
+        student.check_tap(tap)
     if distiller.teacher_taps and teacher is None:
         raise ValueError(f"{type(distiller).__name__} needs a teacher: pass one, for example teacher=dinov3_vits16.")
-    for tap in distiller.teacher_taps:
-        if teacher is not None and teacher.tap_info(tap).dim != num_classes and tap == "logits":
+    for tap in distiller.teacher_taps if teacher is not None else ():
+        teacher.check_tap(tap)
+        if tap == "logits" and teacher.tap_info(tap).dim != num_classes:
             raise ValueError(
                 f"the teacher's head has {teacher.tap_info(tap).dim} classes, the data has {num_classes}: "
                 "use a teacher trained on these classes."

@@ -128,6 +128,14 @@ def test_half_precision_at_extreme_values(spike, standardize, dtype):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_promoted_before_any_arithmetic(dtype):
+    student, teacher = maps(2, 3, 4, 5, seed=1).to(dtype), maps(2, 3, 4, 5, seed=2).to(dtype)
+    loss = cwd_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, cwd_loss(student.double(), teacher.double()).float())
+
+
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) \(student\) and \(2, 5, 4, 4\) \(teacher\)"):
         cwd_loss(maps(2, 3, 4, 4), maps(2, 5, 4, 4))

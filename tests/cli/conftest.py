@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command in this process, and the options of a run of seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kdlvfm.cli import main
+
+CHECKOUT = Path(__file__).parents[2]
+
+SMALL = (
+    "data=digit_scenes",
+    "data.labelled=8",
+    "data.unlabelled=8",
+    "data.val=4",
+    "data.test=4",
+    "recipe=digit_scenes",
+    "recipe.steps=6",
+    "recipe.batch_size=4",
+    "recipe.warmup_steps=2",
+    "run.num_workers=0",
+    "run.checkpoint_every=2",
+    "run.progress=line",
+    "logger=none",
+)
+STUDENT = ("student=timm_linear", "student.encoder.name=test_resnet", "student.encoder.pretrained=false")
+VIT = ("teacher=timm", "teacher.name=test_vit", "teacher.pretrained=false")
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kdlvfm(capsys):
+    """Run the command in this process."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def train(kdlvfm):
+    """A short run of a small student."""
+
+    def call(*overrides):
+        return kdlvfm("train", *SMALL, *STUDENT, *overrides)
+
+    return call
+
+
+@pytest.fixture
+def vit():
+    return VIT
+
+
+@pytest.fixture(scope="session")
+def small():
+    return (*SMALL, *STUDENT)
+
+
+@pytest.fixture(scope="session")
+def shell():
+    """A started process of the command, for what a process alone can show."""
+
+    def start(*arguments, **options):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KDLVFM_DATA": "", **options.pop("env", {})}
+        return subprocess.Popen(
+            [sys.executable, "-m", "kdlvfm", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **{"cwd": CHECKOUT, **options},
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """A finished run of a teacher's head: a frozen ViT with a linear head."""
+    folder = tmp_path_factory.mktemp("head") / "teacher"
+    encoder = ("student=timm_linear", "student.encoder.name=test_vit", "student.encoder.pretrained=false")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *SMALL, *encoder, "student.freeze=true", "distiller=none", f"out={folder}"])
+    assert not ended.value.code
+    return folder
