@@ -66,13 +66,17 @@ def check_fit(
     """
     for tap in distiller.student_taps:
         student.check_tap(tap)
-    if distiller.teacher_taps and teacher is None:
-        raise ValueError(f"{type(distiller).__name__} needs a teacher: pass one, for example teacher=dinov3_vits16.")
-    for tap in distiller.teacher_taps if teacher is not None else ():
-        teacher.check_tap(tap)
-        if tap == "logits" and teacher.tap_info(tap).dim != num_classes:
+    if teacher is None:
+        if distiller.teacher_taps:
             raise ValueError(
-                f"the teacher's head has {teacher.tap_info(tap).dim} classes, the data has {num_classes}: "
+                f"{type(distiller).__name__} needs a teacher: pass one, for example teacher=dinov3_vits16."
+            )
+    else:
+        for tap in distiller.teacher_taps:
+            teacher.check_tap(tap)
+        if "logits" in distiller.teacher_taps and teacher.tap_info("logits").dim != num_classes:
+            raise ValueError(
+                f"the teacher's head has {teacher.tap_info('logits').dim} classes, the data has {num_classes}: "
                 "use a teacher trained on these classes."
             )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
