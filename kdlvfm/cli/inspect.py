@@ -48,7 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     if teacher is not None:
         models["teacher"] = (teacher.card.name, teacher.taps())
     for role, (name, taps) in models.items():
-        table = Table(title=f"{role}  {name}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        console.print(f"[bold]{role}[/]  {name}", highlight=False)
+        table = Table(box=box.SIMPLE_HEAD)
         table.add_column("tap", style="cyan")
         table.add_column("channels", justify="right")
         table.add_column("stride", justify="right")
@@ -56,7 +57,8 @@ def run(arguments: Sequence[str]) -> int:
             table.add_row(tap, str(info.dim), "–" if info.stride is None else str(info.stride))
         console.print(table)
     if teacher is not None:
-        table = Table(title="pairs by stride", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        console.print("[bold]pairs by stride[/]")
+        table = Table(box=box.SIMPLE_HEAD)
         for column in ("student_tap", "teacher_tap", "strides", "channels"):
             table.add_column(column, style="cyan" if "tap" in column else "")
         for one, other in pairs(student.taps(), teacher.taps()):

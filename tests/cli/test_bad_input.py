@@ -143,7 +143,7 @@ def test_a_checkpoint_that_would_run_code(refused, tmp_path):
     torch.save({"state_dict": Malicious(str(trace))}, tmp_path / "evil.pt")
     said = refused(f"student.encoder.checkpoint={tmp_path / 'evil.pt'}")
     assert "not a file of weights only" in said
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Malicious(str(trace))))
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Malicious(str(trace)), protocol=2))
     assert "evil.ckpt" in refused(f"student.encoder.checkpoint={tmp_path / 'evil.ckpt'}")
     assert not trace.exists()
 
