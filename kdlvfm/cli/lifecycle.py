@@ -175,7 +175,10 @@ def _opening_record(
         },
         "distiller": {
             "name": config["choices"]["distiller"],
-            "parameters": {key: value for key, value in config["distiller"].items() if not key.startswith("_")},
+            "settings": {key: value for key, value in config["distiller"].items() if not key.startswith("_")},
+            "parameters": count_parameters(cell.distiller),
+            "student_taps": list(cell.distiller.student_taps),
+            "teacher_taps": list(cell.distiller.teacher_taps),
         },
         "task": {"name": config["choices"]["task"], "primary_metric": cell.task.primary_metric},
         "data": {
@@ -227,7 +230,11 @@ def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
             print(
                 "WARNING    the teacher has RANDOM weights: what it teaches is noise. The record and the table say so."
             )
-    print(f"distiller  {config['choices']['distiller']}")
+    taps = [", ".join(taps) for taps in (cell.distiller.student_taps, cell.distiller.teacher_taps)]
+    print(
+        f"distiller  {config['choices']['distiller']}"
+        + (f", student {taps[0]}, teacher {taps[1]}" if any(taps) else "")
+    )
     print(f"data       {cell.data.name}, {json.dumps(cell.data.counts())[1:-1].replace(chr(34), '')}")
     print(f"run        {folder}")
 
@@ -237,7 +244,8 @@ def _closing(folder: Path, record: Mapping[str, Any]) -> None:
         shown = "  ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items() if isinstance(value, float))
         print(f"{split:<10} {shown}")
     print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt")
-    print(f"next       kdlvfm table {folder.parent}    or    kdlvfm evaluate {folder} --split val")
+    split = "" if "test" in record["metrics"] else " --split val"
+    print(f"next       kdlvfm table {folder.parent}{split}    or    kdlvfm evaluate {folder} --split val")
 
 
 def _cost(

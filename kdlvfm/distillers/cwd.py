@@ -103,7 +103,12 @@ class CWD(Distiller):
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
-        """Reads both channel counts from the taps."""
+        """Reads both channel counts from the taps.
+
+        Where no tap is given and the teacher has no classes, and so no logits, the last maps are taken, standardised.
+        """
+        if not hparams.keys() & {"student_tap", "teacher_tap"} and "logits" not in context.require_teacher().taps():
+            hparams = {"student_tap": "map.-1", "teacher_tap": "map.-1", "standardize": True, **hparams}
         return cls(**context.tap_dims(cls, hparams), **hparams)
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         role: what the line is for.
-        method: the distiller, with the hyper-parameters that tell it from its variants in the same block.
+        method: the distiller, with the settings that tell it from its variants in the same block.
         score: the metric over the finished seeds.
         difference: to the baseline, paired by seed.
         gap_closed: share of the gap between baseline and teacher.
@@ -131,7 +131,7 @@ def _block(group: Sequence[Record], teacher_key: tuple[str, ...], split: str, me
         if distiller["name"] == BASELINE:
             cells[BASELINE, ""].append(record)
         elif _teacher_key(record) == teacher_key:
-            cells[distiller["name"], json.dumps(distiller["parameters"], sort_keys=True)].append(record)
+            cells[distiller["name"], json.dumps(distiller["settings"], sort_keys=True)].append(record)
     labels = _labels(cells)
     methods = {labels[key]: _cell(cells[key], split, metric) for key in sorted(cells, key=lambda key: labels[key])}
     baseline = methods.pop("baseline", _Cell({}, {}, []))
@@ -226,19 +226,19 @@ def _cell(records: Sequence[Record], split: str, metric: str | None) -> _Cell:
 
 
 def _labels(cells: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """A name for each method: the distiller's, with the hyper-parameters in which its variants differ."""
+    """A name for each method: the distiller's, with the settings in which its variants differ."""
     variants: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for name, parameters in cells:
-        variants[name].append(json.loads(parameters or "{}"))
+    for name, settings in cells:
+        variants[name].append(json.loads(settings or "{}"))
     labels = {}
-    for name, parameters in cells:
-        own = json.loads(parameters or "{}")
+    for name, settings in cells:
+        own = json.loads(settings or "{}")
         differing = [
             f"{key}={json.dumps(own[key])}"
             for key in sorted(own)
             if any(key not in variant or variant[key] != own[key] for variant in variants[name])
         ]
-        labels[name, parameters] = "baseline" if name == BASELINE else " ".join([name, *differing])
+        labels[name, settings] = "baseline" if name == BASELINE else " ".join([name, *differing])
     return labels
 
 

@@ -101,7 +101,7 @@ def test_an_interruption_before_training_is_one_too(shell, small, tmp_path):
 
 
 PLAIN = """
-import torch
+import atexit, os, torch
 from kdlvfm.core import FeatureModel, ModelCard, TapInfo
 
 class Plain(FeatureModel):
@@ -111,6 +111,8 @@ class Plain(FeatureModel):
         layers = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, num_classes, 3, padding=1)
         self.net = torch.nn.Sequential(*layers)
         self.classes = num_classes
+        rank = os.environ.get("LOCAL_RANK", "0")
+        atexit.register(lambda: torch.save(self.net.state_dict(), f"{os.environ['LAST']}-{rank}.pt"))
 
     def taps(self):
         return {"logits": TapInfo(self.classes, 1)}
@@ -135,7 +137,13 @@ def test_two_processes_learn_what_one_does(shell, small, tmp_path):
     )
     runs = {"one": (), "two": ("trainer=ddp", "trainer.devices=2")}
     for name, options in runs.items():
-        process = shell("train", *common, *options, f"out={tmp_path / name}", env={"PYTHONPATH": str(tmp_path)})
+        process = shell(
+            "train",
+            *common,
+            *options,
+            f"out={tmp_path / name}",
+            env={"PYTHONPATH": str(tmp_path), "LAST": str(tmp_path / name)},
+        )
         printed, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert printed.count("wrote ") == 1
@@ -144,6 +152,8 @@ def test_two_processes_learn_what_one_does(shell, small, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
+    ranks = [torch.load(tmp_path / f"two-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(value, ranks[1][key]) for key, value in ranks[0].items())
     for split in ("val", "test"):
         assert two["metrics"][split]["miou"] == pytest.approx(one["metrics"][split]["miou"], abs=1e-3)
     assert [point["step"] for point in two["curve"]] == [3, 6]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CWD against loops over channels in plain Python, a worked example and the properties of the formula."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kdlvfm.core import TapError, Teacher
 from kdlvfm.distillers import CWD, cwd_loss
 
 
@@ -199,3 +201,16 @@ def test_from_context_reads_both_dimensions(context):
     cwd = CWD.from_context(context, student_tap="map.-1", teacher_tap="map.-1", loss_weight=50.0)
     assert cwd.projector.weight.shape == (12, 8, 1, 1)
     assert cwd.loss_weight == 50.0
+
+
+def test_a_teacher_without_classes_is_distilled_on_standardised_maps(context, toy_model):
+    class WithoutClasses(toy_model):
+        def taps(self):
+            return {tap: info for tap, info in super().taps().items() if tap != "logits"}
+
+    label_free = dataclasses.replace(context, teacher=Teacher(WithoutClasses()))
+    cwd = CWD.from_context(label_free)
+    assert (cwd.student_taps, cwd.teacher_taps, cwd.standardize) == (("map.-1",), ("map.-1",), True)
+    assert CWD.from_context(label_free, standardize=False).standardize is False
+    with pytest.raises(TapError, match="has no classes"):
+        CWD.from_context(label_free, student_tap="logits")

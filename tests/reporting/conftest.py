@@ -20,11 +20,11 @@ TEACHER = {
 def make_record():
     """A factory of valid records; `changes` replace whole fields, `config` extends the configuration."""
 
-    def make(distiller="kd", seed=0, score=0.5, *, parameters=None, teacher=TEACHER, config=None, **changes):
+    def make(distiller="kd", seed=0, score=0.5, *, settings=None, teacher=TEACHER, config=None, **changes):
         resolved = {
             "seed": seed,
             "out": f"runs/{distiller}/{seed}",
-            "distiller": {"name": distiller, **(parameters or {})},
+            "distiller": {"name": distiller, **(settings or {})},
             "teacher": {"name": teacher["name"]} if teacher else None,
             "student": {"name": "resnet18_fpn"},
             "data": {"name": "digit_scenes", "root": "/data", "seed": seed},
@@ -58,7 +58,13 @@ def make_record():
                 "macs": 345_600_000,
                 "input_size": [64, 64],
             },
-            "distiller": {"name": distiller, "parameters": parameters or {}},
+            "distiller": {
+                "name": distiller,
+                "settings": settings or {},
+                "parameters": 0,
+                "student_taps": [],
+                "teacher_taps": [],
+            },
             "task": {"name": "segmentation", "primary_metric": "miou"},
             "data": {
                 "name": "digit_scenes",

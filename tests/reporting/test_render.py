@@ -64,7 +64,7 @@ def test_markdown_lines_have_equal_numbers_of_cells(table):
 
 
 def test_markdown_escapes_bars(make_record):
-    records = [make_record("kd", parameters={"tap": tap}) for tap in ("a|b", "c")]
+    records = [make_record("kd", settings={"tap": tap}) for tap in ("a|b", "c")]
     assert 'kd tap="a\\|b"' in to_markdown(summarise(records))
 
 

@@ -135,7 +135,7 @@ def test_teacher_no_better_than_the_baseline_has_no_gap(make_record):
 
 def test_variants_of_a_distiller_are_told_apart_by_what_differs(make_record):
     records = [
-        make_record("kd", seed, parameters={"temperature": temperature, "loss_weight": 1.0})
+        make_record("kd", seed, settings={"temperature": temperature, "loss_weight": 1.0})
         for seed in range(2)
         for temperature in (4.0, 2.0)
     ]
