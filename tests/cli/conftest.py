@@ -71,6 +71,23 @@ def small():
     return (*SMALL, *STUDENT)
 
 
+@pytest.fixture
+def refused(kdlvfm, small, tmp_path):
+    """Asserts that a run ends with one line and exit code 1 and leaves no folder; gives the line."""
+
+    def call(*overrides, base=small):
+        out = tmp_path / "refused"
+        ended = kdlvfm("train", *base, f"out={out}", *overrides)
+        assert ended.code == 1
+        assert ended.err.startswith("kdlvfm train: error: ")
+        assert ended.err.count("\n") == 1
+        assert "step " not in ended.out
+        assert not out.exists()
+        return ended.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shell():
     """A started process of the command, for what a process alone can show."""

@@ -89,7 +89,7 @@ def test_an_interrupted_run_says_so_and_goes_on(shell, small, whole, tmp_path):
     assert_same_run(out, whole)
 
 
-def test_an_interruption_before_training_is_one_too(shell, small, tmp_path):
+def test_an_interruption_of_the_evaluation_is_one_too(shell, small, tmp_path):
     out = tmp_path / "run"
     with shell("train", *small, *RANDOM, f"out={out}", "data.val=200", "data.test=2000") as process:
         wait_for(process, "step 40/40")
