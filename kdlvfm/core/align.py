@@ -99,3 +99,37 @@ def normalise_target(teacher: Tensor, target: TargetNorm = "raw") -> Tensor:
         moved = teacher.movedim(1, -1)
         return F.layer_norm(moved, moved.shape[-1:]).movedim(-1, 1)
     raise ValueError(f"target must be 'raw', 'standardize' or 'layernorm', not {target!r}.")
+
+
+def unit_vectors(x: Tensor, dim: int = 1, min_norm: float = 1e-4) -> Tensor:
+    """`x` with its vectors along `dim` scaled to length 1.
+
+    A vector shorter than `min_norm` is divided by that instead: zero stays zero, and what is noise, or a gradient,
+    grows by no more than 1 / min_norm.
+    """
+    return F.normalize(x, dim=dim, eps=min_norm)
+
+
+def class_masks(target: Tensor, num_classes: int, size: Sequence[int], ignore_index: int | None = 255) -> Tensor:
+    """Where each class is: labels (B, H, W) to booleans (B, num_classes, h, w) on a grid of `size` = (h, w).
+
+    Pixels that are void (`ignore_index`) or unlabelled (negative) belong to no class.
+    """
+    labels = resize_labels(target, size)
+    known = labels >= 0 if ignore_index is None else (labels >= 0) & (labels != ignore_index)
+    index = labels.where(known, torch.full_like(labels, num_classes))
+    return F.one_hot(index, num_classes + 1)[..., :num_classes].movedim(-1, 1).bool()
+
+
+def gram_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of the Gram matrices x xᵀ and y yᵀ, (B, N, N) each, of x (B, N, C) and y (B, N, C').
+
+    With more rows than channels no N x N matrix is formed: ‖x xᵀ - y yᵀ‖² = ‖xᵀx‖² + ‖yᵀy‖² - 2 ‖xᵀy‖².
+    """
+    batch, rows = x.shape[:2]
+    with torch.autocast(x.device.type, enabled=False):
+        if rows <= max(x.shape[2], y.shape[2]):
+            total = (x @ x.mT - y @ y.mT).square().sum()
+        else:
+            total = (x.mT @ x).square().sum() + (y.mT @ y).square().sum() - 2 * (x.mT @ y).square().sum()
+    return total / (batch * rows**2)

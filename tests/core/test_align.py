@@ -137,3 +137,69 @@ def test_layernorm_target_against_numpy(shape):
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="target must be 'raw', 'standardize' or 'layernorm', not 'phi-s'"):
         align.normalise_target(torch.zeros(1, 1, 1, 1), "phi-s")
+
+
+def test_unit_vectors_have_length_one_and_zero_stays_zero():
+    x = torch.tensor([[[3.0, 0.0], [4.0, 0.0]]], dtype=torch.float64)
+    assert align.unit_vectors(x).tolist() == [[[0.6, 0.0], [0.8, 0.0]]]
+    assert align.unit_vectors(x, dim=2).tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
+    torch.testing.assert_close(align.unit_vectors(1e4 * x), align.unit_vectors(x))
+
+
+def test_unit_vectors_amplify_gradients_no_more_than_stated():
+    x = torch.zeros(1, 3, requires_grad=True)
+    align.unit_vectors(x, min_norm=1e-2).sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() <= 100.001
+
+
+def test_class_masks_against_loops():
+    target = torch.tensor([[[0, 2, 255], [-1, 1, 2]], [[255, 255, 255], [1, 1, 1]]])
+    masks = align.class_masks(target, 3, (2, 3))
+    assert masks.shape == (2, 3, 2, 3)
+    assert masks.dtype == torch.bool
+    for b in range(2):
+        for row in range(2):
+            for column in range(3):
+                found = [k for k in range(3) if masks[b, k, row, column]]
+                label = target[b, row, column].item()
+                assert found == ([label] if 0 <= label < 3 else [])
+
+
+def test_class_masks_of_another_size_follow_the_nearest_label():
+    target = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]]])
+    assert torch.equal(align.class_masks(target, 2, (1, 2)), torch.tensor([[[[True, False]], [[False, True]]]]))
+    assert torch.equal(align.class_masks(target, 2, (4, 8)).sum((2, 3)), torch.tensor([[16, 16]]))
+
+
+def test_class_masks_leave_out_the_label_that_is_ignored_and_refuse_unknown_ones():
+    target = torch.tensor([[[0, 1, 2]]])
+    assert align.class_masks(target, 3, (1, 3), ignore_index=1).sum((0, 2, 3)).tolist() == [1, 0, 1]
+    assert align.class_masks(target, 3, (1, 3), ignore_index=None).sum((0, 2, 3)).tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError):
+        align.class_masks(target, 2, (1, 3))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_gram_distance_against_the_matrices(rows):
+    """Fewer rows than channels, and more: two ways to one value and one gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, rows, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, rows, 7, generator=generator, dtype=torch.float64)
+    expected = np.mean([(a @ a.T - b @ b.T) ** 2 for a, b in zip(x.detach().numpy(), y.numpy(), strict=True)])
+    loss = align.gram_distance(x, y)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, x)
+    naive = (x @ x.mT - y @ y.mT).square().mean()
+    torch.testing.assert_close(gradient, torch.autograd.grad(naive, x)[0])
+
+
+@pytest.mark.parametrize("rows", [3, 400])
+def test_gram_distance_of_a_thing_to_itself_is_zero_and_autocast_changes_nothing(rows):
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(2, rows, 8, generator=generator), dim=2)
+    y = F.normalize(x + 0.1 * torch.randn(2, rows, 8, generator=generator), dim=2)
+    assert align.gram_distance(x, x).item() == pytest.approx(0, abs=1e-7)
+    expected = align.gram_distance(x.double(), y.double()).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert align.gram_distance(x, y).item() == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AT: where the student's activations are strong, the teacher's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlvfm.core import Distiller, Features
+from kdlvfm.core.align import Resize, match_size, normalise_target, promote
+
+
+def attention_transfer_loss(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
+    r"""Mean squared difference between two spatial attention maps.
+
+    .. math::
+        L = \frac{1}{B H W} \sum_b \big\| Q_S^b - Q_T^b \big\|_2^2, \quad
+        Q = \frac{A}{\|A\|_2}, \quad A_i = \frac{1}{C} \sum_c |F_{c,i}|^p
+
+    with i over the H W positions. The scale of a sample, the sign and the order of channels change nothing.
+
+    Args:
+        student: (B, C_S, H, W); no projector is needed, the numbers of channels may differ.
+        teacher: (B, C_T, H, W); receives no gradient.
+        power: p; 2 in the paper's experiments.
+
+    Returns:
+        A scalar: the mean over samples and positions, as in the re-runs of mdistiller and CIRKD. The paper has the norm
+        of the difference for each sample instead of the mean of its square.
+
+    Raises:
+        ValueError: batch or size differ, or `power` is below 1.
+
+    Source:
+        Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]], [[0.0, 2.0]]]])
+        >>> attention_transfer_loss(student, teacher).item()
+        1.0
+    """
+    if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f"maps must have one batch and size, not {tuple(student.shape)} (student) and {tuple(teacher.shape)} "
+            "(teacher); only the channels may differ."
+        )
+    if power < 1:
+        raise ValueError(f"power must be at least 1, not {power}.")
+    return F.mse_loss(_attention(promote(student), power), _attention(promote(teacher.detach()), power))
+
+
+def _attention(x: Tensor, power: int) -> Tensor:
+    """Attention over the positions of each sample, (B, H W), of unit length; 0 where all is 0."""
+    # The scale of a sample cancels; taken out first, and so without a gradient, no power of it over- or underflows.
+    peak = x.detach().abs().flatten(1).amax(1).clamp(min=torch.finfo(x.dtype).tiny)
+    return F.normalize((x.flatten(2) / peak.view(-1, 1, 1)).abs().pow(power).mean(1), dim=1)
+
+
+class AT(Distiller):
+    """Attention transfer at one or several pairs of maps, the sum over the pairs.
+
+    Args:
+        loss_weight: weight of the term. 1000 is mdistiller's for each pair on CIFAR-100, whose maps have about as many
+            positions as a ViT's; CIRKD's re-run for segmentation uses 10 000 on maps of 64 x 128. The loss is about as
+            small as its number of positions is large.
+        power: exponent of the activations.
+        student_taps: the student's maps.
+        teacher_taps: the teacher's maps, one for each of the student's; one map may be named several times.
+        resize: who is resized where maps differ in size, see `kdlvfm.core.align.match_size`.
+        target: `"standardize"` (ours) brings each channel of the teacher to zero mean and unit variance over the batch
+            first, since the few channels of very large norm in a ViT otherwise are the whole attention, nearly the same
+            at all positions. `"raw"` is the paper, for CNN teachers.
+
+    Example:
+        >>> import torch
+        >>> at = AT(student_taps=("map.-2", "map.-1"), teacher_taps=("map.5", "map.-1"))
+        >>> student = {"map.-2": torch.rand(2, 8, 8, 8), "map.-1": torch.rand(2, 16, 4, 4)}
+        >>> list(at(student, {"map.5": torch.rand(2, 12, 6, 6), "map.-1": torch.rand(2, 12, 6, 6)}))
+        ['attention_transfer']
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_weight: float = 1000.0,
+        power: int = 2,
+        student_taps: Sequence[str] = ("map.-1",),
+        teacher_taps: Sequence[str] = ("map.-1",),
+        resize: Resize = "larger",
+        target: Literal["raw", "standardize"] = "standardize",
+    ) -> None:
+        super().__init__()
+        if len(student_taps) != len(teacher_taps) or not student_taps:
+            raise ValueError(
+                f"student_taps {list(student_taps)} and teacher_taps {list(teacher_taps)} must pair up: as many of "
+                "one as of the other, and at least one."
+            )
+        if target not in ("raw", "standardize"):
+            raise ValueError(
+                f"target must be 'raw' or 'standardize', not {target!r}; after a layernorm all positions have one "
+                "length, and there is no attention left."
+            )
+        self.pairs = tuple(zip(student_taps, teacher_taps, strict=True))
+        self.student_taps, self.teacher_taps = tuple(dict.fromkeys(student_taps)), tuple(dict.fromkeys(teacher_taps))
+        self.loss_weight = loss_weight
+        self.power = power
+        self.resize = resize
+        self.target = target
+
+    def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
+        """The term `attention_transfer`."""
+        del target
+        losses = []
+        for student_tap, teacher_tap in self.pairs:
+            goal = normalise_target(promote(teacher[teacher_tap]), self.target)
+            pair = match_size(promote(student[student_tap]), goal, self.resize)
+            losses.append(attention_transfer_loss(*pair, self.power))
+        return {"attention_transfer": self.loss_weight * torch.stack(losses).sum()}

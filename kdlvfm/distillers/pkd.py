@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PKD: each channel of the student's map correlates with the teacher's, whatever its mean and scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from kdlvfm.core import Context, Distiller, Features
+from kdlvfm.core.align import Resize, match_size, promote, standardise
+from kdlvfm.core.distributed import gather_batch
+
+
+def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""One minus the Pearson correlation of two maps, channel by channel.
+
+    .. math::
+        L = \frac{1}{2} \, \mathrm{mean}\,\big((\hat F_S - \hat F_T)^2\big)
+          = \frac{m - 1}{m} \Big(1 - \frac{1}{C} \sum_c r_c\Big)
+
+    with :math:`\hat F` the map standardised for each channel over the m = B H W positions of the batch (unbiased
+    deviation), and :math:`r_c` the correlation of channel c. A positive affine change of a channel changes nothing.
+
+    A channel that is all but constant (deviation below 1e-3) is divided by 1e-3; the authors' code adds 1e-6 to every
+    deviation instead, which multiplies the gradient of a constant channel by 10^6.
+
+    Args:
+        student: (B, C, H, W), already projected to the teacher's channels.
+        teacher: (B, C, H, W); receives no gradient.
+
+    Returns:
+        A scalar from 0 to 2: the mean over channels. 0 for a single position, which correlates with nothing.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source:
+        Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+        NeurIPS 2022.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)
+        >>> round(pkd_loss(-x, x).item(), 6)
+        1.5
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"features must have one shape, not {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher)."
+        )
+    positions = student[:, 0].numel()
+    # With biased deviations half the squared distance is 1 - r; the unbiased ones of the paper shrink both sides alike.
+    distance = F.mse_loss(standardise(promote(student)), standardise(promote(teacher.detach()))) / 2
+    return distance * (positions - 1) / positions
+
+
+class PKD(Distiller):
+    """Correlation of feature maps, insensitive to the mean and the scale of every channel.
+
+    The choice for networks of different kinds: a ViT's few channels of very large norm weigh as much as any other. For
+    several levels, as of a detector's pyramid, build one for each.
+
+    Args:
+        student_dim: channels of the student's map; a 1x1 convolution is built where they differ from the teacher's.
+            The paper distils between pyramids of equal channels and needs none; that it is linear is ours.
+        teacher_dim: channels of the teacher's map.
+        loss_weight: weight of the term: 6 for a Faster R-CNN, 10 for a RetinaNet in the authors' code.
+        student_tap: the student's map.
+        teacher_tap: the teacher's map.
+        resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`. The authors' code
+            resizes the student's map.
+        gather: take the statistics over the batches of all processes, which must be of one size. Off in the authors'
+            code: each process has its own.
+
+    Example:
+        >>> import torch
+        >>> pkd = PKD(student_dim=64, teacher_dim=192)
+        >>> list(pkd({"map.-1": torch.rand(2, 64, 4, 4)}, {"map.-1": torch.rand(2, 192, 8, 8)}))
+        ['pkd']
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        loss_weight: float = 6.0,
+        student_tap: str = "map.-1",
+        teacher_tap: str = "map.-1",
+        resize: Resize = "larger",
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
+        self.loss_weight = loss_weight
+        self.resize = resize
+        self.gather = gather
+        self.projector: nn.Module = nn.Identity()
+        if student_dim != teacher_dim:
+            # An offset of a channel changes nothing, so there is no bias.
+            self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1, bias=False)
+
+    @classmethod
+    def from_context(cls, context: Context, **hparams: Any) -> Self:
+        """Reads both channel counts from the taps."""
+        return cls(**context.tap_dims(cls, hparams), **hparams)
+
+    def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
+        """The term `pkd`."""
+        del target
+        projected = promote(self.projector(student[self.student_taps[0]]))
+        projected, goal = match_size(projected, promote(teacher[self.teacher_taps[0]]), self.resize)
+        if self.gather:
+            projected, goal = gather_batch(projected), gather_batch(goal)
+        return {"pkd": self.loss_weight * pkd_loss(projected, goal)}
