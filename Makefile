@@ -11,7 +11,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
 demo: .venv/installed ## baseline and three distillers on DigitScenes: table and picture in minutes (SEEDS=3 for intervals)
-	$(BIN)/kdlvfm demo --seeds $(SEEDS)
+	@$(BIN)/kdlvfm demo --seeds $(SEEDS)
 
 test: .venv/installed-dev ## all tests
 	$(BIN)/python -m pytest
@@ -32,14 +32,16 @@ clean: ## remove the environment (runs stay)
 	rm -rf .venv
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdlvfm needs Python 3.10 or newer; set PYTHON=python3.12, for example.")'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdlvfm needs Python 3.10 or newer; set PYTHON=python3.12, for example.")'
+	@$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[train]'
-	touch $@
+	@echo "Installing kdlvfm and what it needs into .venv; torch alone takes some minutes ..."
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --progress-bar off -e '.[train]'
+	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/installed
-	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev]'
-	touch $@
+	@echo "Installing the tools of the tests into .venv ..."
+	@$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev]'
+	@touch $@

@@ -117,7 +117,7 @@ def _run_cell(cell: Cell, display: Display) -> int:
     began = time.perf_counter()
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     with (
-        cell.folder.with_suffix(".log").open("a", encoding="utf-8") as log,
+        cell.folder.with_suffix(".log").open("a", encoding="utf-8", buffering=1) as log,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process,

@@ -114,11 +114,13 @@ def class_masks(target: Tensor, num_classes: int, size: Sequence[int], ignore_in
     """Where each class is: labels (B, H, W) to booleans (B, num_classes, h, w) on a grid of `size` = (h, w).
 
     Pixels that are void (`ignore_index`) or unlabelled (negative) belong to no class.
+
+    Raises:
+        RuntimeError: a label is neither one of these nor below `num_classes`.
     """
     labels = resize_labels(target, size)
     known = labels >= 0 if ignore_index is None else (labels >= 0) & (labels != ignore_index)
-    index = labels.where(known, torch.full_like(labels, num_classes))
-    return F.one_hot(index, num_classes + 1)[..., :num_classes].movedim(-1, 1).bool()
+    return F.one_hot((labels + 1) * known, num_classes + 1)[..., 1:].movedim(-1, 1).bool()
 
 
 def gram_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -133,3 +135,15 @@ def gram_distance(x: Tensor, y: Tensor) -> Tensor:
         else:
             total = (x.mT @ x).square().sum() + (y.mT @ y).square().sum() - 2 * (x.mT @ y).square().sum()
     return total / (batch * rows**2)
+
+
+def check_levels(**levels: Sequence[object]) -> None:
+    """Check that arguments of which a method of several levels needs one for each level are equally many.
+
+    Raises:
+        ValueError: they are not, or there are none.
+    """
+    counts = {name: len(values) for name, values in levels.items()}
+    if len(set(counts.values())) != 1 or not all(counts.values()):
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"each level needs one of these, and there must be a level: {found}.")

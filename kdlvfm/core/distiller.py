@@ -59,6 +59,25 @@ class Context:
             dims["teacher_dim"] = self.require_teacher().tap_info(chosen["teacher_tap"]).dim
         return dims
 
+    def level_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, Any]:
+        """As `tap_dims`, for a method with several levels: `student_dims` and `teacher_dims`, one for each tap.
+
+        Args:
+            method: a distiller whose constructor takes `student_taps` and `teacher_taps`.
+            hparams: the arguments chosen; taps that they do not name are the constructor's default.
+
+        Raises:
+            TapError: a network has no such tap.
+        """
+        defaults = {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+        chosen = {**defaults, **hparams}
+        dims: dict[str, Any] = {}
+        if "student_dims" not in hparams:
+            dims["student_dims"] = [self.student.tap_info(tap).dim for tap in chosen["student_taps"]]
+        if "teacher_dims" not in hparams:
+            dims["teacher_dims"] = [self.require_teacher().tap_info(tap).dim for tap in chosen["teacher_taps"]]
+        return dims
+
 
 @dataclass(frozen=True)
 class Step:

@@ -3,15 +3,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
     """Number of processes; 1 outside a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _GatherBatch(torch.autograd.Function):
+    """All processes' batches in the order of their ranks; backward sums the gradients that all have for one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        del ctx
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total.chunk(world_size())[dist.get_rank()]
 
 
 def gather_batch(x: Tensor) -> Tensor:
@@ -20,4 +39,7 @@ def gather_batch(x: Tensor) -> Tensor:
     Every process must hold the same shape. The gradient sums the losses of all processes; where each computes the same
     loss on what was gathered, DDP's mean over processes makes it the gradient of that one loss.
     """
-    return x if world_size() == 1 else torch.cat(all_gather(x))  # type: ignore[no-untyped-call]
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _GatherBatch.apply(x)
+    return gathered

@@ -26,7 +26,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, power: int = 2) ->
     Args:
         student: (B, C_S, H, W); no projector is needed, the numbers of channels may differ.
         teacher: (B, C_T, H, W); receives no gradient.
-        power: p; 2 in the paper's experiments.
+        power: p; 2 in the authors' code.
 
     Returns:
         A scalar: the mean over samples and positions, as in the re-runs of mdistiller and CIRKD. The paper has the norm

@@ -74,8 +74,8 @@ class OrthogonalProjector(nn.Module):
         matrix = promote(self.matrix)
         wide = matrix.shape[0] < matrix.shape[1]
         orthogonal, triangle = torch.linalg.qr(matrix.T if wide else matrix)
-        orthogonal = orthogonal * triangle.diagonal().sgn()
-        return orthogonal.T if wide else orthogonal
+        signed: Tensor = orthogonal * triangle.diagonal().sgn()
+        return signed.T if wide else signed
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, C_S, ...) to (B, C_T, ...)."""

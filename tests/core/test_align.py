@@ -176,7 +176,7 @@ def test_class_masks_leave_out_the_label_that_is_ignored_and_refuse_unknown_ones
     target = torch.tensor([[[0, 1, 2]]])
     assert align.class_masks(target, 3, (1, 3), ignore_index=1).sum((0, 2, 3)).tolist() == [1, 0, 1]
     assert align.class_masks(target, 3, (1, 3), ignore_index=None).sum((0, 2, 3)).tolist() == [1, 1, 1]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="num_classes"):
         align.class_masks(target, 2, (1, 3))
 
 
@@ -203,3 +203,10 @@ def test_gram_distance_of_a_thing_to_itself_is_zero_and_autocast_changes_nothing
     expected = align.gram_distance(x.double(), y.double()).item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert align.gram_distance(x, y).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_levels_must_be_equally_many_and_not_none_at_all():
+    align.check_levels(dims=[3, 4], taps=("map.0", "map.1"))
+    for dims, taps, found in (([3], ["map.0", "map.1"], "1 dims, 2 taps"), ([], [], "0 dims, 0 taps")):
+        with pytest.raises(ValueError, match=f"each level needs one of these, .*: {found}"):
+            align.check_levels(dims=dims, taps=taps)

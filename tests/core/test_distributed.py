@@ -27,6 +27,10 @@ def gram_loss(embedded):
     return (gram - torch.eye(len(gram))).square().mean()
 
 
+def weights():
+    return torch.arange(30.0).view(5, 6)
+
+
 def make_projector():
     torch.manual_seed(0)
     return nn.Linear(5, 4)
@@ -44,7 +48,11 @@ def worker(rank, folder):
         gathered = gather_batch(model(own))
         loss = gram_loss(gathered)
         loss.backward()
+        # A gradient that is a transpose in memory.
+        turned = own.detach().clone().requires_grad_()
+        (gather_batch(turned).mT.contiguous() * weights()).sum().backward()
         result = {
+            "turned": turned.grad,
             "world_size": world_size(),
             "gathered": gathered.detach(),
             "loss": loss.detach(),
@@ -78,3 +86,4 @@ def test_two_processes_see_the_whole_batch_and_get_its_gradient(tmp_path):
         torch.testing.assert_close(result["bias"], model.bias.grad)
         # Each process adds its copy of the loss, so before that mean the gradient is world_size times as large.
         torch.testing.assert_close(result["own"], WORLD * images.grad.chunk(WORLD)[rank])
+        torch.testing.assert_close(result["turned"], WORLD * weights().mT.chunk(WORLD)[rank])

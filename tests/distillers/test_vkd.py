@@ -96,7 +96,7 @@ def test_the_projector_is_orthogonal_and_stays_so_while_it_is_trained(student_di
 
 
 def test_the_projector_moves_smoothly():
-    """A column that passes through zero in its first entry, where a plain QR decomposition changes the column's sign."""
+    """A column that passes through zero in its first entry, where a plain QR decomposition changes its sign."""
     projector = OrthogonalProjector(2, 4).double()
     weights = []
     for entry in (1e-9, -1e-9):
