@@ -38,7 +38,9 @@ def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x.shape[-2:]) == target:
         return x
     shrinks = target[0] < x.shape[-2] or target[1] < x.shape[-1]
-    return F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=shrinks)
+    # In single precision: torch has no antialiased resize of half precision on a CPU.
+    resized = F.interpolate(promote(x), size=target, mode="bilinear", align_corners=False, antialias=shrinks)
+    return resized.to(x.dtype)
 
 
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
