@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put a finished pre-training run into the package: its weights in half precision, its record beside them.
 
-    python experiments/digit_scenes_teacher/ship.py runs/digit_scenes_teacher
+Call it as `python experiments/digit_scenes_teacher/ship.py runs/digit_scenes_teacher`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main(folder: Path) -> None:
     """Convert and copy."""
     read_run(folder)
     state = {
-        name: value.half() if value.is_floating_point() else value for name, value in load_file(folder / WEIGHTS).items()
+        name: value.half() if value.is_floating_point() else value
+        for name, value in load_file(folder / WEIGHTS).items()
     }
     target = digit_scenes_vit.WEIGHTS
     save_file(state, target)

@@ -200,8 +200,9 @@ def _picture(cells: Sequence[Cell], path: Path) -> bool:
     data = build_data(config)
     task = build_task(config, data)
     samples = data.samples("test")
-    images = torch.stack([samples[index][0] for index in range(_SCENES)]).float() / 255
-    truth = torch.stack([samples[index][1] for index in range(_SCENES)])
+    shown = [samples[index] for index in range(0, len(samples), len(samples) // _SCENES)][:_SCENES]
+    images = torch.stack([image for image, _ in shown]).float() / 255
+    truth = torch.stack([mask for _, mask in shown])
     models: dict[str, Any] = {"teacher": build_teacher(config["teacher"], data.class_names)}
     for cell, record in records.items():
         models["baseline" if cell.method == "none" else cell.method] = load_student(cell.folder, record)
