@@ -19,7 +19,12 @@ from typing import Any, Protocol
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.table import print_table
 
-METHODS = ("none", "kd", "fitnet", "cwd")
+METHODS = {
+    "none": (),
+    "kd": (),
+    "fitnet": ("distiller.student_tap=map.2",),  # of stride 8, as the teacher's maps: `kdlvfm inspect` pairs them
+    "cwd": (),
+}
 _SCENES = 4
 _STEP = re.compile(r"step (\d+)/(\d+)")
 _INTERRUPTED = 130
@@ -41,7 +46,8 @@ class Cell:
     @property
     def overrides(self) -> list[str]:
         """What makes this run, for `kdlvfm train`."""
-        return ["experiment=demo", f"distiller={self.method}", f"seed={self.seed}", f"out={self.folder}"]
+        chosen = [f"distiller={self.method}", *METHODS[self.method]]
+        return ["experiment=demo", *chosen, f"seed={self.seed}", f"out={self.folder}"]
 
 
 class Display(Protocol):

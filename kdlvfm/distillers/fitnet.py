@@ -55,8 +55,8 @@ class FitNet(Distiller):
         student_tap: the student's map.
         teacher_tap: the teacher's map.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`.
-        target: the teacher's features as they are (`"raw"`, the paper) or normalised, which keeps the few channels of
-            very large norm in a ViT from dominating; see `kdlvfm.core.align.normalise_target`.
+        target: the teacher's features normalised, which keeps the few channels of very large norm in a ViT from
+            dominating, or as they are (`"raw"`, the paper); see `kdlvfm.core.align.normalise_target`.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class FitNet(Distiller):
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
         resize: Resize = "larger",
-        target: TargetNorm = "raw",
+        target: TargetNorm = "standardize",
     ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)

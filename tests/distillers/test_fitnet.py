@@ -64,7 +64,7 @@ def test_different_shapes_are_refused():
 )
 @pytest.mark.parametrize("resize", ["larger", "student", "teacher"])
 def test_class_against_loops(student_size, teacher_size, resize):
-    fitnet = FitNet(3, 5, loss_weight=2.0, resize=resize).double()
+    fitnet = FitNet(3, 5, loss_weight=2.0, target="raw", resize=resize).double()
     student, teacher = features(2, 3, *student_size, seed=1), features(2, 5, *teacher_size, seed=2)
     size = {
         "larger": tuple(max(pair) for pair in zip(student_size, teacher_size, strict=True)),
