@@ -144,7 +144,7 @@ def test_a_run_checkpoint_that_would_run_code_is_not_resumed(train, tmp_path):
 
 def test_a_folder_of_a_different_configuration(train, tmp_path):
     out = tmp_path / "run"
-    assert train("distiller=none", f"out={out}").code == 0
+    assert train("distiller=none", f"out={out}", "recipe.optimizer.lr=0.002").code == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     ended = train("distiller=none", f"out={out}", "recipe.optimizer.lr=0.5")
     assert ended.code == 1

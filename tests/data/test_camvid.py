@@ -100,6 +100,7 @@ def test_the_configuration_builds_it(tmp_path, monkeypatch):
             "run": {"num_workers": 0},
         }
     )
+    del config.data.about
     data = instantiate(config.data)
     data.check()
     assert (data.seed, data.batch_size, data.steps, data.eval_batch_size) == (4, 2, 3, 8)

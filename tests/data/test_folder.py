@@ -225,6 +225,7 @@ def test_the_configuration_builds_it(root):
             "run": {"num_workers": 0},
         }
     )
+    del config.data.about
     config.data.root = str(root)
     config.data.classes = ["wall", "crack", "door"]
     data = instantiate(config.data)

@@ -9,11 +9,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from timm.models import get_pretrained_cfg
 
+from kdlvfm.cli.build import build_student
+from kdlvfm.cli.config import compose
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEACHERS = sorted((CONFIGS / "teacher").glob("*.yaml"))
 STUDENTS = sorted((CONFIGS / "student").glob("*.yaml"))
 OF_TIMM = [p for p in TEACHERS if "TimmEncoder" in p.read_text() and "???" not in p.read_text()]
-COMPLETE = [p for p in STUDENTS if "???" not in p.read_text()]
+COMPLETE = [p for p in STUDENTS if "???" not in p.read_text() and "defaults:" not in p.read_text()]
 
 
 def load(path):
@@ -50,3 +53,11 @@ def test_students_build_and_label_every_pixel(path):
     model = instantiate(config, num_classes=4).eval()
     with torch.no_grad():
         assert model(torch.rand(1, 3, 61, 75), ["logits"])["logits"].shape == (1, 4, 61, 75)
+
+
+def test_head_takes_an_encoder_from_the_list_of_teachers():
+    encoder = ("teacher@student.encoder=timm", "student.encoder.name=test_vit", "student.encoder.pretrained=false")
+    student = build_student(compose(["student=head", *encoder])["student"], num_classes=4)
+    assert not any(parameter.requires_grad for parameter in student.encoder.parameters())
+    with torch.no_grad():
+        assert student.eval()(torch.rand(1, 3, 61, 75), ["logits"])["logits"].shape == (1, 4, 61, 75)
