@@ -158,8 +158,10 @@ def _load(
     net = _create_with(name, state, config, model_kwargs)
     if net is None:
         raise wrong_architecture(path, name, outline.state_dict(), state)
-    card = ModelCard(title, weights, licence=config.get("license"), sha256=sha256_of(path), source=source)
-    return net, card
+    licence = config.get("license")
+    if licence and weights == "file":
+        licence = f"{licence} (of timm's {title}; not known of this file)"
+    return net, ModelCard(title, weights, licence=licence, sha256=sha256_of(path), source=source)
 
 
 def _check_name(name: str) -> None:

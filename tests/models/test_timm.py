@@ -186,6 +186,12 @@ def test_random_weights_say_so():
     assert (card.name, card.weights, card.licence, card.sha256) == ("resnet18.a1_in1k", "random", None, None)
 
 
+def test_the_licence_of_a_file_is_not_claimed_to_be_known(tmp_path):
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
+    card = TimmEncoder("resnet18.tv_in1k", checkpoint=tmp_path / "w.safetensors").card
+    assert (card.weights, card.licence) == ("file", "bsd-3-clause (of timm's resnet18.tv_in1k; not known of this file)")
+
+
 def test_hub_weights_are_fetched_as_timm_states_them(monkeypatch, tmp_path):
     source = timm.create_model("resnet18")
     save_file(source.state_dict(), tmp_path / "w.safetensors")
