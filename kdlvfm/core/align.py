@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Resize = Literal["larger", "student", "teacher"]
+Resize = Literal["larger", "student", "teacher"] | Sequence[int]
 TargetNorm = Literal["raw", "standardize", "layernorm"]
 
 
@@ -58,18 +58,37 @@ def match_size(student: Tensor, teacher: Tensor, resize: Resize = "larger") -> t
         student: the student's map.
         teacher: the teacher's map.
         resize: which grid both end on. `"larger"` resizes the smaller map up, which keeps all detail; `"student"`
-            resizes the student's map to the teacher's grid; `"teacher"` the teacher's map to the student's grid.
+            resizes the student's map to the teacher's grid; `"teacher"` the teacher's map to the student's grid. A pair
+            of numbers (height, width) is a grid of one's own, to which both are resized.
+
+    Raises:
+        ValueError: `resize` is none of these.
     """
-    if student.shape[-2:] == teacher.shape[-2:]:
-        return student, teacher
+    check_resize(resize)
+    if not isinstance(resize, str):
+        return resize_map(student, resize), resize_map(teacher, resize)
     if resize == "student":
         return resize_map(student, teacher.shape[-2:]), teacher
     if resize == "teacher":
         return student, resize_map(teacher, student.shape[-2:])
-    if resize != "larger":
-        raise ValueError(f"resize must be 'larger', 'student' or 'teacher', not {resize!r}.")
     size = [max(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
     return resize_map(student, size), resize_map(teacher, size)
+
+
+def check_resize(resize: Resize) -> None:
+    """Check that `resize` is one of those that `match_size` knows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(resize, str):
+        known = resize in ("larger", "student", "teacher")
+    else:
+        known = len(resize) == 2 and all(isinstance(side, int) and side > 0 for side in resize)
+    if not known:
+        raise ValueError(
+            f"resize must be 'larger', 'student', 'teacher' or a grid [height, width] such as [16, 16], not {resize!r}."
+        )
 
 
 def standardise(x: Tensor, min_std: float = 1e-3) -> Tensor:

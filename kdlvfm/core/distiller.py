@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +79,14 @@ class Context:
         return dims
 
 
+@dataclass
+class Seen:
+    """Features that were already computed in a step, by tap."""
+
+    student: dict[str, Tensor] = field(default_factory=dict)
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Step:
     """What one training step hands to `Distiller.updates`.
@@ -87,11 +95,13 @@ class Step:
         images: (B, 3, H, W) in [0, 1].
         target: the task's ground truth.
         index: (B,) position of each sample in its data set.
-        epoch: epochs completed; with `batch`, all that a phase may depend on, so that resuming is exact.
+        epoch: epochs completed; with `batch` and `progress`, all that a phase may depend on, so that resuming is exact.
         batch: batches completed in this epoch.
         student: the network being trained.
         teacher: the frozen network; `None` in a run without one.
         task: loss on ground truth.
+        progress: share of the run completed, from 0 to below 1.
+        seen: features of these images already computed, which several distillers of one step share.
     """
 
     images: Tensor
@@ -102,14 +112,48 @@ class Step:
     student: FeatureModel
     teacher: Teacher | None
     task: Task
+    progress: float = 0.0
+    seen: Seen = field(default_factory=Seen)
+
+    def student_features(self, taps: Collection[str]) -> dict[str, Tensor]:
+        """The student's features of the images; a forward pass unless `seen` has them all."""
+        if not all(tap in self.seen.student for tap in taps):
+            features: dict[str, Tensor] = self.student(self.images, tuple(dict.fromkeys(taps)))
+            return features
+        return {tap: self.seen.student[tap] for tap in taps}
+
+    def teacher_features(self, taps: Collection[str]) -> dict[str, Tensor]:
+        """The teacher's features of the images; a forward pass unless `seen` has them all.
+
+        Raises:
+            ValueError: taps are asked of a teacher, and the step has none.
+        """
+        if all(tap in self.seen.teacher for tap in taps):
+            return {tap: self.seen.teacher[tap] for tap in taps}
+        if self.teacher is None:
+            raise ValueError(f"a distiller taps {', '.join(taps)} of a teacher, and this step has none.")
+        features: dict[str, Tensor] = self.teacher(self.images, tuple(dict.fromkeys(taps)))
+        return features
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step to take now: the terms are summed, and the parameters of `group` move."""
+    """One optimizer step to take now: the terms are summed, and the parameters of `group` move.
+
+    Attributes:
+        terms: what is summed, each a scalar.
+        group: whose parameters move.
+        task_terms: which of the terms are the task's own; the rest is distillation.
+    """
 
     terms: Mapping[str, Tensor]
     group: str = "student"
+    task_terms: Collection[str] = ()
+
+    @property
+    def distillation(self) -> dict[str, Tensor]:
+        """The terms that are not the task's."""
+        return {name: term for name, term in self.terms.items() if name not in self.task_terms}
 
 
 class Distiller(nn.Module, ABC):
@@ -139,15 +183,16 @@ class Distiller(nn.Module, ABC):
         return {"student": [p for module in modules for p in module.parameters() if p.requires_grad]}
 
     def updates(self, step: Step) -> Iterator[Update]:
-        """One `Update` for each optimizer step of the method; code after a `yield` runs after that step was taken."""
-        if self.teacher_taps and step.teacher is None:
-            raise ValueError(f"{type(self).__name__} needs a teacher, and this step has none.")
-        taps = dict.fromkeys((*step.task.student_taps, *self.student_taps))
-        student = step.student(step.images, tuple(taps))
-        teacher = step.teacher(step.images, self.teacher_taps) if step.teacher is not None else {}
+        """One `Update` for each optimizer step of the method; code after a `yield` runs after that step was taken.
+
+        A term that is switched off, for now or for good, is left out rather than 0: a term that stays 0 is taken for a
+        mistake.
+        """
+        student = step.student_features((*step.task.student_taps, *self.student_taps))
+        teacher = step.teacher_features(self.teacher_taps)
         terms = step.task.loss(step.student, student, step.target)
         distillation = self(student, teacher, step.target)
         clash = terms.keys() & distillation.keys()
         if clash:
             raise ValueError(f"task and distiller both have a term called {', '.join(sorted(clash))}.")
-        yield Update({**terms, **distillation})
+        yield Update({**terms, **distillation}, task_terms=tuple(terms))

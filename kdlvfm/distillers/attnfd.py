@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, check_levels, match_size, normalise_target, promote, unit_vectors
+from kdlvfm.core.align import Resize, check_levels, match_size, promote, unit_vectors
+from kdlvfm.core.aligner import Target, Targets
 
 LEVELS = ("map.-3", "map.-2", "map.-1")
 
@@ -131,7 +132,7 @@ class AttnFD(Distiller):
         student_taps: Sequence[str] = LEVELS,
         teacher_taps: Sequence[str] = LEVELS,
         resize: Resize = "larger",
-        target: TargetNorm = "standardize",
+        target: Target = "standardize",
     ) -> None:
         super().__init__()
         check_levels(
@@ -140,7 +141,7 @@ class AttnFD(Distiller):
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
         self.loss_weight = loss_weight
         self.resize = resize
-        self.target = target
+        self.targets = nn.ModuleList(Targets(dim, target) for dim in teacher_dims)
         self.projectors = nn.ModuleList(
             nn.Sequential(
                 CBAM(student_dim),
@@ -159,10 +160,10 @@ class AttnFD(Distiller):
         """The term `attnfd`, the sum over levels."""
         del target
         losses = []
-        for student_tap, teacher_tap, projector in zip(
-            self.student_taps, self.teacher_taps, self.projectors, strict=True
+        for student_tap, teacher_tap, projector, targets in zip(
+            self.student_taps, self.teacher_taps, self.projectors, self.targets, strict=True
         ):
             projected = promote(projector(student[student_tap]))
-            goal = refine(normalise_target(promote(teacher[teacher_tap]), self.target))
+            goal = refine(targets(teacher[teacher_tap]))
             losses.append(attnfd_loss(*match_size(projected, goal, self.resize)))
         return {"attnfd": self.loss_weight * torch.stack(losses).sum()}

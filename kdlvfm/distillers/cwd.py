@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, match_size, promote, standardise
+from kdlvfm.core.align import Resize, promote, standardise
+from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.projectors import Projector
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -60,13 +62,16 @@ class CWD(Distiller):
     """Channel-wise distillation of logits (the default, as in the authors' code) or of feature maps.
 
     Args:
-        student_dim: channels of the student's map; with `teacher_dim`, builds a 1x1 convolution where they differ.
+        student_dim: channels of the student's map; needed, with `teacher_dim`, for a projector.
         teacher_dim: channels of the teacher's map.
         loss_weight: weight of the term: 3 for logits (authors' code); CIRKD's re-run uses 50 for feature maps.
         temperature: softmax temperature.
         student_tap: the student's logits or map.
         teacher_tap: the teacher's logits or map.
+        projector: what brings the student's channels to the teacher's, see `kdlvfm.core.projectors.build_projector`; by
+            default a 1x1 convolution where they differ.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`.
+        target: how the teacher's map is normalised by itself, see `kdlvfm.core.aligner.Targets`; as it is in the paper.
         standardize: bring each channel of both maps to zero mean and unit variance over the batch first. Not in the
             paper; with a ViT's features the softmax over positions otherwise saturates on a few outlier tokens.
 
@@ -86,7 +91,9 @@ class CWD(Distiller):
         temperature: float = 4.0,
         student_tap: str = "logits",
         teacher_tap: str = "logits",
+        projector: Projector | None = None,
         resize: Resize = "larger",
+        target: Target = "raw",
         standardize: bool = False,
     ) -> None:
         super().__init__()
@@ -95,11 +102,13 @@ class CWD(Distiller):
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
         self.temperature = temperature
-        self.resize = resize
         self.standardize = standardize
-        self.projector: nn.Module = nn.Identity()
-        if student_dim is not None and teacher_dim is not None and student_dim != teacher_dim:
-            self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1)
+        if student_dim is None and (projector is not None or target == "phi_s"):
+            raise ValueError("a projector and PHI-S need to know the channels: pass student_dim and teacher_dim.")
+        # An offset of a channel changes nothing, so there is no bias.
+        self.align = Aligner(
+            student_dim or 0, teacher_dim or 0, projector=projector, resize=resize, target=target, bias=False
+        )
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -114,9 +123,7 @@ class CWD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `cwd`."""
         del target
-        projected = promote(self.projector(student[self.student_taps[0]]))
-        goal = promote(teacher[self.teacher_taps[0]])
-        projected, goal = match_size(projected, goal, self.resize)
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
         if self.standardize:
             projected, goal = standardise(projected), standardise(goal)
         return {"cwd": self.loss_weight * cwd_loss(projected, goal, self.temperature)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, match_size, normalise_target, promote
+from kdlvfm.core.align import Resize, promote
+from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.projectors import Projector
 
 
 def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class FitNet(Distiller):
-    """Feature regression through a 1x1 convolution, trained together with the task.
+    """Feature regression through a projector, trained together with the task.
 
     The paper trains the hint layer in a stage of its own; like later re-runs, this trains both at once.
 
@@ -54,9 +56,10 @@ class FitNet(Distiller):
         loss_weight: weight of the term. 10 is CIRKD's value for segmentation; mdistiller uses 100 on CIFAR-100.
         student_tap: the student's map.
         teacher_tap: the teacher's map.
+        projector: what brings the student's channels to the teacher's, see `kdlvfm.core.projectors.build_projector`.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`.
         target: the teacher's features normalised, which keeps the few channels of very large norm in a ViT from
-            dominating, or as they are (`"raw"`, the paper); see `kdlvfm.core.align.normalise_target`.
+            dominating, or as they are (`"raw"`, the paper); see `kdlvfm.core.aligner.Targets`.
 
     Example:
         >>> import torch
@@ -74,15 +77,14 @@ class FitNet(Distiller):
         loss_weight: float = 10.0,
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
+        projector: Projector | None = "linear",
         resize: Resize = "larger",
-        target: TargetNorm = "standardize",
+        target: Target = "standardize",
     ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
-        self.resize = resize
-        self.target = target
-        self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1)
+        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -92,7 +94,5 @@ class FitNet(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `fitnet`."""
         del target
-        projected = self.projector(student[self.student_taps[0]])
-        goal = normalise_target(promote(teacher[self.teacher_taps[0]]), self.target)
-        projected, goal = match_size(projected, goal, self.resize)
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
         return {"fitnet": self.loss_weight * fitnet_loss(projected, goal)}

@@ -6,12 +6,14 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, class_masks, match_size, promote, unit_vectors
+from kdlvfm.core.align import Resize, class_masks, promote, unit_vectors
+from kdlvfm.core.aligner import Aligner, Target
 from kdlvfm.core.distributed import gather_batch
+from kdlvfm.core.projectors import Projector
 
 Distance = Literal["l2", "squared", "cosine"]
 Network = Literal["student", "teacher"]
@@ -139,7 +141,7 @@ def _distances(x: Tensor, y: Tensor, distance: Distance) -> Tensor:
 
 
 class I2CKD(Distiller):
-    """Class prototypes in the teacher's feature space, through a 1x1 convolution where channels differ.
+    """Class prototypes in the teacher's feature space.
 
     Args:
         student_dim: channels of the student's map.
@@ -157,7 +159,10 @@ class I2CKD(Distiller):
             otherwise set the scale against which the margin is measured.
         student_tap: the student's map.
         teacher_tap: the teacher's map.
+        projector: what brings the student's channels to the teacher's, see `kdlvfm.core.projectors.build_projector`; by
+            default a 1x1 convolution where they differ.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`.
+        target: the teacher's features as they are, or normalised; see `kdlvfm.core.aligner.Targets`.
         gather: prototypes over the batches of all processes; by default each process has its own.
 
     Example:
@@ -184,7 +189,9 @@ class I2CKD(Distiller):
         normalise: bool = True,
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
+        projector: Projector | None = None,
         resize: Resize = "larger",
+        target: Target = "raw",
         gather: bool = False,
     ) -> None:
         super().__init__()
@@ -199,11 +206,8 @@ class I2CKD(Distiller):
         self.reduction: Reduction = reduction
         self.prototypes: Scope = prototypes
         self.normalise = normalise
-        self.resize = resize
         self.gather = gather
-        self.projector: nn.Module = nn.Identity()
-        if student_dim != teacher_dim:
-            self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1)
+        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -214,8 +218,7 @@ class I2CKD(Distiller):
         """The term `i2ckd`; `target` (B, H, W) holds the labels."""
         if target is None:
             raise ValueError("I2CKD makes prototypes of classes and needs labels: pass target (B, H, W).")
-        projected = promote(self.projector(student[self.student_taps[0]]))
-        projected, goal = match_size(projected, promote(teacher[self.teacher_taps[0]]), self.resize)
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
         if self.gather:
             projected, goal, target = gather_batch(projected), gather_batch(goal), gather_batch(target)
         loss = i2ckd_loss(

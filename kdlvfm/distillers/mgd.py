@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, match_size, normalise_target, promote
+from kdlvfm.core.align import Resize, promote
+from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.projectors import Projector
 
 Unit = Literal["position", "channel"]
 
@@ -74,7 +76,7 @@ class MGD(Distiller):
     For several levels, as of a detector's pyramid, build one for each.
 
     Args:
-        student_dim: channels of the student's map; a 1x1 convolution is built where they differ from the teacher's.
+        student_dim: channels of the student's map.
         teacher_dim: channels of the teacher's map, and of the generator: two 3x3 convolutions and a ReLU.
         loss_weight: weight of the term. In the authors' code 2e-5 for segmentation and one-stage detectors, 5e-7 for
             two-stage detectors, 7e-5 for channels in classification.
@@ -83,6 +85,8 @@ class MGD(Distiller):
         unit: what is masked, see `random_mask`.
         student_tap: the student's map.
         teacher_tap: the teacher's map.
+        projector: what brings the student's channels to the teacher's, see `kdlvfm.core.projectors.build_projector`; by
+            default a 1x1 convolution where they differ.
         resize: who is resized where the maps differ in size, before masking; see `kdlvfm.core.align.match_size`. The
             authors' maps are of one size.
         target: the teacher's features as they are (`"raw"`, the paper) or normalised. The default is ours: the loss
@@ -104,8 +108,9 @@ class MGD(Distiller):
         unit: Unit = "position",
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
+        projector: Projector | None = None,
         resize: Resize = "larger",
-        target: TargetNorm = "standardize",
+        target: Target = "standardize",
     ) -> None:
         super().__init__()
         if not 0 <= drop_ratio < 1:
@@ -114,11 +119,7 @@ class MGD(Distiller):
         self.loss_weight = loss_weight
         self.drop_ratio = drop_ratio
         self.unit: Unit = unit
-        self.resize = resize
-        self.target = target
-        self.projector: nn.Module = nn.Identity()
-        if student_dim != teacher_dim:
-            self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1)
+        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
         self.generator = nn.Sequential(
             nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
             nn.ReLU(),
@@ -133,8 +134,6 @@ class MGD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `mgd`; a new mask at every call."""
         del target
-        projected = promote(self.projector(student[self.student_taps[0]]))
-        goal = normalise_target(promote(teacher[self.teacher_taps[0]]), self.target)
-        projected, goal = match_size(projected, goal, self.resize)
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
         masked = projected * random_mask(projected, self.drop_ratio, self.unit)
         return {"mgd": self.loss_weight * mgd_loss(self.generator(masked), goal)}

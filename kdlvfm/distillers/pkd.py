@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, match_size, promote, standardise
+from kdlvfm.core.align import Resize, promote, standardise
+from kdlvfm.core.aligner import Aligner, Target
 from kdlvfm.core.distributed import gather_batch
+from kdlvfm.core.projectors import Projector
 
 
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -64,14 +66,17 @@ class PKD(Distiller):
     several levels, as of a detector's pyramid, build one for each.
 
     Args:
-        student_dim: channels of the student's map; a 1x1 convolution is built where they differ from the teacher's.
-            The paper distils between pyramids of equal channels and needs none; that it is linear is ours.
+        student_dim: channels of the student's map.
         teacher_dim: channels of the teacher's map.
         loss_weight: weight of the term: 6 for a Faster R-CNN, 10 for a RetinaNet in the authors' code.
         student_tap: the student's map.
         teacher_tap: the teacher's map.
+        projector: what brings the student's channels to the teacher's, see `kdlvfm.core.projectors.build_projector`; by
+            default a 1x1 convolution where they differ.
+            The paper distils between pyramids of equal channels and needs none; that it is linear is ours.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`. The authors' code
             resizes the student's map.
+        target: the teacher's features before the loss standardises them, see `kdlvfm.core.aligner.Targets`.
         gather: take the statistics over the batches of all processes, which must be of one size. Off in the authors'
             code: each process has its own.
 
@@ -90,18 +95,17 @@ class PKD(Distiller):
         loss_weight: float = 6.0,
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
+        projector: Projector | None = None,
         resize: Resize = "larger",
+        target: Target = "raw",
         gather: bool = False,
     ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
-        self.resize = resize
         self.gather = gather
-        self.projector: nn.Module = nn.Identity()
-        if student_dim != teacher_dim:
-            # An offset of a channel changes nothing, so there is no bias.
-            self.projector = nn.Conv2d(student_dim, teacher_dim, kernel_size=1, bias=False)
+        # An offset of a channel changes nothing, so there is no bias.
+        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target, bias=False)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -111,8 +115,7 @@ class PKD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `pkd`."""
         del target
-        projected = promote(self.projector(student[self.student_taps[0]]))
-        projected, goal = match_size(projected, promote(teacher[self.teacher_taps[0]]), self.resize)
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
         if self.gather:
             projected, goal = gather_batch(projected), gather_batch(goal)
         return {"pkd": self.loss_weight * pkd_loss(projected, goal)}

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, check_levels, match_size, normalise_target, promote
+from kdlvfm.core.align import Resize, check_levels, match_size, promote
+from kdlvfm.core.aligner import Target, Targets
 
 LEVELS = ("map.-3", "map.-2", "map.-1")
 
@@ -121,7 +122,7 @@ class ReviewKD(Distiller):
         student_taps: Sequence[str] = LEVELS,
         teacher_taps: Sequence[str] = LEVELS,
         resize: Resize = "student",
-        target: TargetNorm = "standardize",
+        target: Target = "standardize",
     ) -> None:
         super().__init__()
         check_levels(
@@ -130,7 +131,7 @@ class ReviewKD(Distiller):
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
         self.loss_weight = loss_weight
         self.resize = resize
-        self.target = target
+        self.targets = nn.ModuleList(Targets(dim, target) for dim in teacher_dims)
         hidden = min(student_dims[-1], 512) if hidden_dim is None else hidden_dim
         self.entries = nn.ModuleList(_convolution(dim, hidden, 1) for dim in student_dims)
         self.fusions = nn.ModuleList(ABF(hidden) for _ in student_dims[1:])
@@ -149,7 +150,7 @@ class ReviewKD(Distiller):
         for level in reversed(range(len(self.student_taps))):
             entered = self.entries[level](student[self.student_taps[level]])
             fused = entered if fused is None else self.fusions[level](entered, fused)
-            goal = normalise_target(promote(teacher[self.teacher_taps[level]]), self.target)
+            goal = self.targets[level](teacher[self.teacher_taps[level]])
             resized, goal = match_size(promote(fused), goal, self.resize)
             losses.append(hcl_loss(self.projectors[level](resized), goal))
         return {"review_kd": self.loss_weight * torch.stack(losses).sum()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, match_size, normalise_target, promote
+from kdlvfm.core.align import Resize, TargetNorm, normalise_target, promote
+from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.projectors import Projector
 
 
 def vkd_loss(projected: Tensor, teacher: Tensor, normalization: TargetNorm = "layernorm") -> Tensor:
@@ -38,6 +39,7 @@ def vkd_loss(projected: Tensor, teacher: Tensor, normalization: TargetNorm = "la
         Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections", CVPR 2024.
 
     Example:
+        >>> import torch
         >>> vkd_loss(torch.zeros(1, 2), torch.tensor([[-3.0, 3.0]]), normalization="raw").item()
         2.5
     """
@@ -47,41 +49,6 @@ def vkd_loss(projected: Tensor, teacher: Tensor, normalization: TargetNorm = "la
             f"{tuple(teacher.shape)} (teacher)."
         )
     return F.smooth_l1_loss(promote(projected), normalise_target(promote(teacher.detach()), normalization))
-
-
-class OrthogonalProjector(nn.Module):
-    """A linear map over channels whose matrix P is orthogonal at every step of training.
-
-    P^T P = I, so that lengths and angles of the student's features are kept and it is the student that must change. A
-    student with more channels than the teacher cannot be embedded so: then P P^T = I.
-
-    P is the orthogonal factor of a free matrix (QR decomposition with a positive diagonal, which is unique and smooth).
-    The authors' code uses torch's parametrization, whose default map stores signs in the parameter it trains: weight
-    decay moves them off 1 and P becomes 0.
-
-    Args:
-        student_dim: channels that enter.
-        teacher_dim: channels that leave.
-    """
-
-    def __init__(self, student_dim: int, teacher_dim: int) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(nn.init.orthogonal_(torch.empty(teacher_dim, student_dim)))
-
-    @property
-    def weight(self) -> Tensor:
-        """P, (C_T, C_S), in single precision at least."""
-        matrix = promote(self.matrix)
-        wide = matrix.shape[0] < matrix.shape[1]
-        orthogonal, triangle = torch.linalg.qr(matrix.T if wide else matrix)
-        signed: Tensor = orthogonal * triangle.diagonal().sgn()
-        return signed.T if wide else signed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, C_S, ...) to (B, C_T, ...)."""
-        # Also under autocast in single precision: a matrix rounded to half is not orthogonal.
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(promote(x).movedim(1, -1), self.weight).movedim(-1, 1)
 
 
 class VkD(Distiller):
@@ -96,10 +63,13 @@ class VkD(Distiller):
         loss_weight: weight of the term; 1 in the authors' code.
         student_tap: the student's map, or `pooled`.
         teacher_tap: the teacher's map, or `pooled`.
+        projector: `"orthogonal"` is the method; another one shows what orthogonality brings, see
+            `kdlvfm.core.projectors.build_projector`.
         resize: who is resized where the maps differ in size, see `kdlvfm.core.align.match_size`.
-        target: normalisation of the teacher, see `vkd_loss`.
+        target: normalisation of the teacher, see `vkd_loss` and `kdlvfm.core.aligner.Targets`.
 
     Example:
+        >>> import torch
         >>> vkd = VkD(student_dim=64, teacher_dim=192)
         >>> terms = vkd({"map.-1": torch.rand(2, 64, 4, 4)}, {"map.-1": torch.rand(2, 192, 8, 8)})
         >>> list(terms)
@@ -114,15 +84,14 @@ class VkD(Distiller):
         loss_weight: float = 1.0,
         student_tap: str = "map.-1",
         teacher_tap: str = "map.-1",
+        projector: Projector | None = "orthogonal",
         resize: Resize = "larger",
-        target: TargetNorm = "layernorm",
+        target: Target = "layernorm",
     ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
-        self.resize = resize
-        self.target = target
-        self.projector = OrthogonalProjector(student_dim, teacher_dim)
+        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -132,7 +101,5 @@ class VkD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `vkd`."""
         del target
-        projected, goal = self.projector(student[self.student_taps[0]]), promote(teacher[self.teacher_taps[0]])
-        if projected.dim() == 4:
-            projected, goal = match_size(projected, goal, self.resize)
-        return {"vkd": self.loss_weight * vkd_loss(projected, goal, self.target)}
+        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
+        return {"vkd": self.loss_weight * vkd_loss(projected, goal, normalization="raw")}

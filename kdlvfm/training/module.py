@@ -89,7 +89,8 @@ class DistillationModule(LightningModule):
         torch.manual_seed(step_seed(self._seed, self.global_rank, batch_idx))
         images, target, index = self.task.unpack(batch)
         epoch, position = divmod(batch_idx, self._batches_per_epoch)
-        step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task)
+        progress = batch_idx / self.steps
+        step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task, progress)
         for update in self.distiller.updates(step):
             self._backward(update)
             if self._pending[update.group] == self._accumulate:

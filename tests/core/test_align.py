@@ -68,9 +68,18 @@ def test_larger_leaves_the_larger_map_alone():
     assert align.match_size(teacher, student)[0] is teacher
 
 
-def test_match_size_refuses_other_words():
-    with pytest.raises(ValueError, match="resize must be 'larger', 'student' or 'teacher', not 'smaller'"):
-        align.match_size(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 3, 3), "smaller")
+def test_a_grid_of_ones_own_takes_both():
+    student, teacher = torch.rand(1, 2, 4, 4), torch.rand(1, 3, 8, 6)
+    first, second = align.match_size(student, teacher, [5, 7])
+    assert first.shape == (1, 2, 5, 7)
+    assert second.shape == (1, 3, 5, 7)
+    torch.testing.assert_close(second, align.resize_map(teacher, (5, 7)))
+
+
+@pytest.mark.parametrize("resize", ["smaller", [3], [3, 0], [3, 4.5], [3, 4, 5]])
+def test_match_size_refuses_anything_else(resize):
+    with pytest.raises(ValueError, match="'larger', 'student', 'teacher' or a grid"):
+        align.match_size(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2), resize)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (12, 16), (5, 7)])

@@ -152,7 +152,7 @@ def test_one_dimension_without_the_other_is_refused():
 def test_a_projector_is_built_only_where_channels_differ():
     for cwd in (CWD(), CWD(5, 5)):
         assert list(cwd.parameters()) == []
-    assert isinstance(CWD(3, 5).projector, nn.Conv2d)
+    assert isinstance(CWD(3, 5).align.projector, nn.Conv2d)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -161,8 +161,7 @@ def test_class_on_maps_of_other_channels_and_size(resize, standardize):
     cwd = CWD(3, 5, temperature=2.0, resize=resize, standardize=standardize, student_tap="map.0", teacher_tap="map.1")
     cwd = cwd.double()
     student, teacher = maps(2, 3, 6, 4, seed=1), maps(2, 5, 3, 8, seed=2)
-    weight, bias = cwd.projector.weight[:, :, 0, 0].detach(), cwd.projector.bias.detach()
-    projected = torch.einsum("oc,bchw->bohw", weight, student) + bias.view(-1, 1, 1)
+    projected = torch.einsum("oc,bchw->bohw", cwd.align.projector.weight[:, :, 0, 0].detach(), student)
     size = {"larger": (6, 8), "student": (3, 8), "teacher": (6, 4)}[resize]
     pair = []
     for x in (projected, teacher):
@@ -191,15 +190,20 @@ def test_student_and_projector_get_a_gradient():
     student = maps(2, 3, 4, 4, seed=1).requires_grad_()
     cwd({"logits": student}, {"logits": maps(2, 5, 8, 8, seed=2)})["cwd"].backward()
     assert (student.grad != 0).any()
-    assert (cwd.projector.weight.grad != 0).any()
-    # An offset of a channel changes nothing, so the projector's bias has nothing to learn.
-    torch.testing.assert_close(cwd.projector.bias.grad, torch.zeros(5, dtype=torch.float64))
+    assert (cwd.align.projector.weight.grad != 0).any()
+    assert cwd.align.projector.bias is None
+
+
+@pytest.mark.parametrize("options", [{"projector": "mlp"}, {"target": "phi_s"}])
+def test_what_needs_the_channels_says_so(options):
+    with pytest.raises(ValueError, match="pass student_dim and teacher_dim"):
+        CWD(**options)
 
 
 def test_from_context_reads_both_dimensions(context):
     assert list(CWD.from_context(context).parameters()) == []
     cwd = CWD.from_context(context, student_tap="map.-1", teacher_tap="map.-1", loss_weight=50.0)
-    assert cwd.projector.weight.shape == (12, 8, 1, 1)
+    assert cwd.align.projector.weight.shape == (12, 8, 1, 1)
     assert cwd.loss_weight == 50.0
 
 

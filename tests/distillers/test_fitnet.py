@@ -17,7 +17,7 @@ def features(*shape, seed=0, scale=1.0):
 
 def projected_by_loops(fitnet, x):
     """The 1x1 convolution as a matrix at every position."""
-    weight, bias = fitnet.projector.weight[:, :, 0, 0], fitnet.projector.bias
+    weight, bias = fitnet.align.projector.weight[:, :, 0, 0], fitnet.align.projector.bias
     result = torch.empty(x.shape[0], weight.shape[0], *x.shape[2:], dtype=x.dtype)
     for b in range(x.shape[0]):
         for row in range(x.shape[2]):
@@ -141,9 +141,9 @@ def test_unknown_normalisation_is_refused():
 
 
 def test_from_context_reads_both_dimensions(context):
-    assert FitNet.from_context(context).projector.weight.shape == (12, 8, 1, 1)
+    assert FitNet.from_context(context).align.projector.weight.shape == (12, 8, 1, 1)
     fitnet = FitNet.from_context(context, student_tap="map.0", teacher_tap="decoder", loss_weight=1.0)
-    assert fitnet.projector.weight.shape == (24, 4, 1, 1)
+    assert fitnet.align.projector.weight.shape == (24, 4, 1, 1)
     assert (fitnet.student_taps, fitnet.teacher_taps) == (("map.0",), ("decoder",))
     with pytest.raises(TapError, match=r"no tap .map\.3"):
         FitNet.from_context(context, student_tap="map.3")

@@ -214,7 +214,7 @@ def test_bad_arguments_are_refused():
 def test_class_on_maps_of_other_channels_and_size(normalise):
     distiller = I2CKD(3, 5, CLASSES, loss_weight=2.0, margin=3.0, normalise=normalise, resize="teacher").double()
     student, teacher, target = maps(2, 3, 4, 5, seed=1), maps(2, 5, 8, 10, seed=2), labels(2, 4, 5)
-    projected = distiller.projector(student)
+    projected = distiller.align.projector(student)
     goal = nn.functional.interpolate(teacher, size=(4, 5), mode="bilinear", antialias=True)
     expected = 2 * i2ckd_loss(projected, goal, target, CLASSES, margin=3.0, normalise=normalise)
     full = target.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -238,7 +238,7 @@ def test_gathering_makes_prototypes_over_all_processes(monkeypatch):
 
 def test_a_projector_is_built_only_where_channels_differ():
     assert list(I2CKD(5, 5, CLASSES).parameters()) == []
-    assert isinstance(I2CKD(3, 5, CLASSES).projector, nn.Conv2d)
+    assert isinstance(I2CKD(3, 5, CLASSES).align.projector, nn.Conv2d)
 
 
 def test_student_and_projector_get_a_gradient_and_the_teacher_none():
@@ -251,6 +251,6 @@ def test_student_and_projector_get_a_gradient_and_the_teacher_none():
 
 def test_from_context_reads_dimensions_and_classes(context):
     distiller = I2CKD.from_context(context)
-    assert distiller.projector.weight.shape == (12, 8, 1, 1)
+    assert distiller.align.projector.weight.shape == (12, 8, 1, 1)
     assert distiller.num_classes == context.num_classes
     assert I2CKD.from_context(context, num_classes=2, student_tap="decoder").num_classes == 2

@@ -101,7 +101,7 @@ def test_class_against_convolutions_written_out(unit):
     terms = mgd({"map.-1": student}, {"map.-1": teacher})
     torch.manual_seed(7)
     mask = (torch.rand((2, 1, 4, 6) if unit == "position" else (2, 5, 1, 1)) >= 0.5).numpy()
-    weight, bias = mgd.projector.weight.detach()[:, :, 0, 0].numpy(), mgd.projector.bias.detach().numpy()
+    weight, bias = mgd.align.projector.weight.detach()[:, :, 0, 0].numpy(), mgd.align.projector.bias.detach().numpy()
     projected = np.einsum("oc,bchw->bohw", weight, student.numpy()) + bias[:, None, None]
     hidden = np.maximum(convolved(projected * mask, mgd.generator[0]), 0)
     generated = torch.from_numpy(convolved(hidden, mgd.generator[2]))
@@ -198,16 +198,16 @@ def test_wrong_choices_are_refused():
 
 
 def test_a_projector_is_built_only_where_channels_differ():
-    assert isinstance(MGD(5, 5).projector, nn.Identity)
-    assert MGD(3, 5).projector.bias is not None
+    assert isinstance(MGD(5, 5).align.projector, nn.Identity)
+    assert MGD(3, 5).align.projector.bias is not None
 
 
 def test_from_context_reads_both_dimensions(context):
     mgd = MGD.from_context(context)
-    assert mgd.projector.weight.shape == (12, 8, 1, 1)
+    assert mgd.align.projector.weight.shape == (12, 8, 1, 1)
     assert [layer.weight.shape for layer in mgd.generator[::2]] == [(12, 12, 3, 3)] * 2
     mgd = MGD.from_context(context, student_tap="map.0", teacher_tap="decoder", loss_weight=1.0)
-    assert mgd.projector.weight.shape == (24, 4, 1, 1)
+    assert mgd.align.projector.weight.shape == (24, 4, 1, 1)
     assert (mgd.student_taps, mgd.teacher_taps) == (("map.0",), ("decoder",))
     with pytest.raises(TapError, match=r"no tap .map\.3"):
         MGD.from_context(context, student_tap="map.3")

@@ -116,7 +116,7 @@ def test_different_shapes_are_refused():
 def test_class_on_maps_of_other_channels_and_size(resize):
     pkd = PKD(3, 5, loss_weight=2.0, resize=resize, student_tap="map.0", teacher_tap="map.1").double()
     student, teacher = maps(2, 3, 6, 4, seed=1), maps(2, 5, 3, 8, seed=2)
-    projected = torch.einsum("oc,bchw->bohw", pkd.projector.weight[:, :, 0, 0].detach(), student)
+    projected = torch.einsum("oc,bchw->bohw", pkd.align.projector.weight[:, :, 0, 0].detach(), student)
     size = {"larger": (6, 8), "student": (3, 8), "teacher": (6, 4)}[resize]
     pair = []
     for x in (projected, teacher):
@@ -134,7 +134,7 @@ def test_student_and_projector_get_a_gradient_and_the_teacher_none():
     student, teacher = maps(2, 3, 4, 4, seed=1).requires_grad_(), maps(2, 5, 2, 2, seed=2).requires_grad_()
     pkd({"map.-1": student}, {"map.-1": teacher})["pkd"].backward()
     assert (student.grad != 0).any()
-    assert (pkd.projector.weight.grad != 0).any()
+    assert (pkd.align.projector.weight.grad != 0).any()
     assert teacher.grad is None
 
 
@@ -151,13 +151,13 @@ def test_gathered_statistics_are_those_of_the_whole_batch(monkeypatch):
 
 def test_a_projector_is_built_only_where_channels_differ():
     assert list(PKD(5, 5).parameters()) == []
-    assert isinstance(PKD(3, 5).projector, nn.Conv2d)
+    assert isinstance(PKD(3, 5).align.projector, nn.Conv2d)
 
 
 def test_from_context_reads_both_dimensions(context):
-    assert PKD.from_context(context).projector.weight.shape == (12, 8, 1, 1)
+    assert PKD.from_context(context).align.projector.weight.shape == (12, 8, 1, 1)
     pkd = PKD.from_context(context, student_tap="map.0", teacher_tap="decoder", loss_weight=1.0)
-    assert pkd.projector.weight.shape == (24, 4, 1, 1)
+    assert pkd.align.projector.weight.shape == (24, 4, 1, 1)
     assert (pkd.student_taps, pkd.teacher_taps) == (("map.0",), ("decoder",))
     with pytest.raises(TapError, match=r"no tap .map\.3"):
         PKD.from_context(context, student_tap="map.3")
