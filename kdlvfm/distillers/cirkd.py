@@ -259,17 +259,16 @@ class CIRKD(Distiller):
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None = None) -> dict[str, Tensor]:
         """The terms `cirkd_pixel` and, with memories, `cirkd_memory_pixel` and `cirkd_memory_region`."""
-        features = promote(student[self.student_taps[0]])
-        goal = normalise_target(promote(teacher[self.teacher_taps[0]].detach()), self.target)
-        pair = match_size(features, goal, self.resize)
+        features, goal = promote(student[self.student_taps[0]]), promote(teacher[self.teacher_taps[0]].detach())
+        pair = (gather_batch(features), gather_batch(goal)) if self.gather else (features, goal)
+        pair = match_size(pair[0], normalise_target(pair[1], self.target), self.resize)
         if self.pool is not None:
             pair = F.avg_pool2d(pair[0], self.pool, ceil_mode=True), F.avg_pool2d(pair[1], self.pool, ceil_mode=True)
-        if self.gather:
-            pair = gather_batch(pair[0]), gather_batch(pair[1])
         losses = {"cirkd_pixel": cirkd_pixel_loss(*pair, self.temperature)}
         if self.projector is not None:
             if target is None:
                 raise ValueError("CIRKD's memories are of classes and need labels: pass target, or memory=False.")
+            goal = normalise_target(goal, self.target)
             projected, goal = match_size(promote(self.projector(features)), goal, self.resize)
             if self.training:
                 self._remember(gather_batch(goal), gather_batch(target))

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, TargetNorm, match_size, normalise_target, promote
 from kdlvfm.core.distributed import gather_batch
+from kdlvfm.core.similarity import cka as cka
 from kdlvfm.distillers.cwd import cwd_loss
 
 Samples = Literal["images", "positions"]
@@ -60,51 +61,6 @@ def position_attention(
         queries, keys, values = (promote(projected).flatten(2) for projected in (query, key, value))
         attention = torch.softmax(queries.mT @ keys / temperature, dim=2)
         return gamma * (values @ attention.mT).view(x.shape) + promote(x)
-
-
-def cka(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Linear centred kernel alignment of two sets of features of the same samples.
-
-    .. math::
-        \mathrm{CKA} = \frac{\langle K, L \rangle_F}{\|K\|_F \|L\|_F}
-                     = \frac{\|X^\top Y\|_F^2}{\|X^\top X\|_F \|Y^\top Y\|_F}, \quad K = X X^\top, \; L = Y Y^\top
-
-    with X (N, D_S) and Y (N, D_T) the features, their mean over samples subtracted. The smaller of the two forms is
-    computed. A positive scale, an offset and a rotation of either side change nothing.
-
-    Args:
-        student: (N, ...): N samples; the rest is flattened.
-        teacher: (N, ...): the same samples, of any dimension; receives no gradient.
-
-    Returns:
-        A scalar from 0 to 1: 1 for equal features, and for any two samples; 0 where all samples of a side are equal.
-
-    Raises:
-        ValueError: the numbers of samples differ.
-
-    Source:
-        Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019.
-    """
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"both need the same samples, not {len(student)} (student) and {len(teacher)} (teacher).")
-    x, y = _centred(promote(student).flatten(1)), _centred(promote(teacher.detach()).flatten(1))
-    with torch.autocast(x.device.type, enabled=False):
-        if x.shape[0] <= max(x.shape[1], y.shape[1]):
-            first, second = x @ x.T, y @ y.T
-            shared = (first * second).sum()
-        else:
-            first, second = x.T @ x, y.T @ y
-            shared = (x.T @ y).square().sum()
-        similarity: Tensor = shared / (first.norm() * second.norm()).clamp(min=1e-12)
-    return similarity
-
-
-def _centred(x: Tensor) -> Tensor:
-    """Rows of (N, D) without their mean, of norm 1 together; 0 where the rows differ by no more than rounding."""
-    deviation = x - x.mean(0)
-    norm = deviation.norm()
-    unit = deviation / norm.clamp(min=1e-12)
-    return torch.where(norm > 1e-6 * x.norm(), unit, torch.zeros_like(unit))
 
 
 def cka_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -240,10 +196,10 @@ class CSKD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The terms `cskd_channel` and `cskd_position`, and `cskd_logits` if it has a weight."""
         del target
-        goal = normalise_target(promote(teacher[self.teacher_taps[0]]), self.target).detach()
-        own, goal = match_size(promote(student[self.student_taps[0]]), goal, self.resize)
+        own, goal = promote(student[self.student_taps[0]]), promote(teacher[self.teacher_taps[0]].detach())
         if self.gather:
             own, goal = gather_batch(own), gather_batch(goal)
+        own, goal = match_size(own, normalise_target(goal, self.target), self.resize)
         channel = self._compare(
             channel_attention(own, self.channel_gamma, self.temperature),
             channel_attention(goal, self.gamma, self.temperature),

@@ -113,8 +113,8 @@ class Gram(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `gram`."""
         del target
-        goal = normalise_target(promote(teacher[self.teacher_taps[0]]), self.target)
-        first, second = match_size(promote(student[self.student_taps[0]]), goal, self.resize)
+        first, second = promote(student[self.student_taps[0]]), promote(teacher[self.teacher_taps[0]].detach())
         if self.gather:
             first, second = gather_batch(first), gather_batch(second)
-        return {"gram": self.loss_weight * gram_loss(first, second, scope=self.scope)}
+        pair = match_size(first, normalise_target(second, self.target), self.resize)
+        return {"gram": self.loss_weight * gram_loss(*pair, scope=self.scope)}

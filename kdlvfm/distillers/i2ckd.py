@@ -218,9 +218,10 @@ class I2CKD(Distiller):
         """The term `i2ckd`; `target` (B, H, W) holds the labels."""
         if target is None:
             raise ValueError("I2CKD makes prototypes of classes and needs labels: pass target (B, H, W).")
-        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
+        first, second = student[self.student_taps[0]], teacher[self.teacher_taps[0]].detach()
         if self.gather:
-            projected, goal, target = gather_batch(projected), gather_batch(goal), gather_batch(target)
+            first, second, target = gather_batch(first), gather_batch(second), gather_batch(target)
+        projected, goal = self.align(first, second)
         loss = i2ckd_loss(
             projected,
             goal,

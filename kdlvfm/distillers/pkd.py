@@ -115,7 +115,7 @@ class PKD(Distiller):
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `pkd`."""
         del target
-        projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
+        first, second = student[self.student_taps[0]], teacher[self.teacher_taps[0]].detach()
         if self.gather:
-            projected, goal = gather_batch(projected), gather_batch(goal)
-        return {"pkd": self.loss_weight * pkd_loss(projected, goal)}
+            first, second = gather_batch(first), gather_batch(second)
+        return {"pkd": self.loss_weight * pkd_loss(*self.align(first, second))}

@@ -110,8 +110,8 @@ class RSD(Distiller):
         student_tap: a map, or (B, D) such as `pooled` in mode `"pooled"`.
         teacher_tap: the same of the teacher.
         resize: who is resized where maps differ in size, in mode `"dense"`; see `kdlvfm.core.align.match_size`.
-        gather: correlate over the batches of all processes. The authors correlate over each process's own; the head's
-            batch normalisation is each process's own in both cases.
+        gather: correlate over the batches of all processes, which the head's batch normalisation then sees too. The
+            authors correlate over each process's own.
 
     Example:
         >>> import torch
@@ -164,10 +164,10 @@ class RSD(Distiller):
             first, second = (x.mean(dim=(2, 3)) if x.dim() == 4 else x for x in (first, second))
         if first.shape[0] < 2:
             raise ValueError("RSD correlates over samples, and this batch has one: pass a larger batch, or mode=dense.")
-        projected = self.projector(first)
         if self.gather:
-            projected, second = gather_batch(projected), gather_batch(second)
-        return {"rsd": self.loss_weight * rsd_loss(projected, second, self.kappa, reduction=self.reduction)}
+            first, second = gather_batch(first), gather_batch(second)
+        loss = rsd_loss(self.projector(first), second, self.kappa, reduction=self.reduction)
+        return {"rsd": self.loss_weight * loss}
 
     def _positions(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The same random positions of both maps, as rows."""
