@@ -13,7 +13,7 @@ _COMMANDS = {
     "train": "train a student, with a distiller or without (the baseline)",
     "evaluate": "measure a finished run again, on any split",
     "table": "compare runs: records in, honest table out",
-    "inspect": "taps of a teacher and a student, and which of them pair up",
+    "inspect": "taps of a teacher and a student, and which of them pair up; of a run, its diagnostics",
     "list": "teachers, students, distillers, data and recipes, with licences and papers",
     "download": "fetch a data set from its public repository, checksummed",
     "demo": "the whole story in minutes: teacher, baseline, three distillers, table, picture",
@@ -86,6 +86,8 @@ _EXTRAS = {
     "rich": "train",
     "jsonschema": "train",
     "open_clip": "clip",
+    "mmdet": "mmdet",
+    "faster_coco_eval": "mmdet",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
 }

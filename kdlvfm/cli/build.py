@@ -12,7 +12,7 @@ import torch
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import instantiate
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
-from kdlvfm.data.segmentation import SegmentationData
+from kdlvfm.data.base import SampleData
 from kdlvfm.training.fit import check_fit, check_schedule
 from kdlvfm.training.module import DistillationModule
 from kdlvfm.training.optimizers import Plan, Plans
@@ -22,7 +22,7 @@ from kdlvfm.training.optimizers import Plan, Plans
 class Cell:
     """Everything that one run is made of."""
 
-    data: SegmentationData
+    data: SampleData
     task: Task
     student: FeatureModel
     teacher: Teacher | None
@@ -41,8 +41,10 @@ _WHOLE = {
     "run.num_workers": 0,
     "run.checkpoint_every": 1,
     "run.threads": 1,
+    "run.diagnose_every": 1,
+    "run.dead_term_steps": 1,
 }
-_MAY_BE_NULL = ("recipe.val_every", "run.threads")
+_MAY_BE_NULL = ("recipe.val_every", "run.threads", "run.diagnose_every", "run.dead_term_steps")
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -56,9 +58,9 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise CommandError(f"{key} must be a whole number from {least} on, not {value!r}.")
 
 
-def build_data(config: Mapping[str, Any]) -> SegmentationData:
+def build_data(config: Mapping[str, Any]) -> SampleData:
     """The data module, its files checked."""
-    data: SegmentationData = instantiate(config["data"])
+    data: SampleData = instantiate(config["data"])
     try:
         data.check()
     except ValueError as error:
@@ -66,9 +68,19 @@ def build_data(config: Mapping[str, Any]) -> SegmentationData:
     return data
 
 
-def build_task(config: Mapping[str, Any], data: SegmentationData) -> Task:
-    """The task for the classes of the data."""
+def build_task(config: Mapping[str, Any], data: SampleData) -> Task:
+    """The task for the classes of the data.
+
+    Raises:
+        CommandError: it learns from another kind of ground truth than the data has.
+    """
     task: Task = instantiate(config["task"], num_classes=data.num_classes, class_names=data.class_names)
+    if task.truth != data.truth:
+        fitting = {"masks": "segmentation", "boxes": "detection"}[data.truth]
+        raise CommandError(
+            f"{data.name} has {data.truth} and this task learns from {task.truth}: set task={fitting}, or choose other "
+            "data."
+        )
     return task
 
 
@@ -92,14 +104,31 @@ def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
 
 
 def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) -> Teacher | None:
-    """The frozen teacher; `None` for `teacher=none`. A zero-shot teacher classifies into the classes of the data."""
-    if node is None:
+    """The frozen teacher; `None` for `teacher=none`. A zero-shot teacher classifies into the classes of the data.
+
+    The members of an ensemble are built like teachers of their own, each with its `input_size`.
+
+    Raises:
+        CommandError: a wrong argument.
+    """
+    if node is None or node["_target_"] is None:
         return None
     arguments = dict(node)
     input_size = arguments.pop("input_size", None)
     if "class_names" in arguments and arguments["class_names"] is None:
         arguments["class_names"] = list(class_names)
-    return Teacher(instantiate(arguments), input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
+    if "members" in arguments:
+        members = {name: build_teacher(member, class_names) for name, member in arguments.pop("members").items()}
+        for name, member in members.items():
+            if member is None:
+                raise CommandError(f"teacher.members.{name} is no teacher; leave it out.")
+        try:
+            model = instantiate({**arguments, "_partial_": True})(members)
+        except (ValueError, TypeError) as error:
+            raise CommandError(str(error)) from error
+    else:
+        model = instantiate(arguments)
+    return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
 
 
 def build_plans(recipe: Mapping[str, Any]) -> Plans:
@@ -134,7 +163,10 @@ def build(config: Mapping[str, Any]) -> Cell:
     student = build_student(config["student"], data.num_classes)
     teacher = build_teacher(config["teacher"], data.class_names)
     try:
-        context = Context(student, teacher, task, data.num_classes, data.num_samples)
+        task.student_taps(student)
+        context = Context(
+            student, teacher, task, data.num_classes, data.num_samples, recipe["steps"], data.batches_per_epoch
+        )
         # Seeded anew: a projector's initial weights must not depend on which networks were built before it.
         torch.manual_seed(config["seed"] + 1)
         distiller: Distiller = instantiate(config["distiller"])(context)

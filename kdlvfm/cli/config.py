@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.composites import PART, check_composite, expanded, in_order, name_of, names_in
 
 GROUPS = ("teacher", "student", "distiller", "task", "data", "recipe", "trainer", "logger", "experiment", "debug")
 
@@ -49,17 +50,41 @@ def check_names(overrides: Sequence[str]) -> None:
             continue
         if group not in GROUPS:
             continue
-        for name in (part.strip() for part in value.split(",")):
-            known = options(group)
-            if name and name not in known and name != "null":
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-                hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known)}."
-                raise CommandError(f"there is no {group} called {name!r}.{hint} (kdlvfm list shows all.)")
+        for choice in filter(None, (choice.strip() for choice in value.split(","))):
+            names = names_in(choice) if key == "distiller" else [choice]
+            for name in names:
+                _check_name(group, name)
+            if key == "distiller":
+                check_composite(choice, default_parts)
+
+
+def _check_name(group: str, name: str) -> None:
+    known = options(group)
+    if name not in known and name != "null":
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known)}."
+        raise CommandError(f"there is no {group} called {name!r}.{hint} (kdlvfm list shows all.)")
+
+
+def default_parts(distiller: str) -> dict[str, str]:
+    """The parts that a distiller's YAML file names, part -> method; empty for one that takes no parts."""
+    import yaml
+
+    if distiller not in options("distiller"):
+        return {}
+    node = yaml.safe_load((config_dir() / "distiller" / f"{distiller}.yaml").read_text(encoding="utf-8"))
+    chosen = [entry for entry in node.get("defaults", []) if isinstance(entry, dict)]
+    return {key.removeprefix("/distiller@parts."): method for entry in chosen for key, method in entry.items()}
+
+
+# Further choices of a group: the members of an ensemble of teachers, under names of the user's own.
+_ADDED = "teacher@teacher.members."
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
     """The overrides in Hydra's grammar: `distiller.temperature=2` sets the value or, with `++`, adds it."""
-    return [f"++{override}" if override.startswith(_OPEN) else override for override in overrides]
+    added = [f"+{override}" if override.startswith(_ADDED) else override for override in overrides]
+    return [f"++{override}" if override.startswith(_OPEN) else override for override in added]
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -75,9 +100,10 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     check_names(overrides)
+    written = expanded(overrides, default_parts)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            composed = hydra_compose("train", opened(overrides), return_hydra_config=True)
+            composed = hydra_compose("train", opened(written), return_hydra_config=True)
             chosen = composed.hydra.runtime.choices
             choices = {group: chosen[group] for group in GROUPS if chosen.get(group)}
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
@@ -87,6 +113,10 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
             config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(_one_line(error)) from error
+    if isinstance(config["distiller"].get("parts"), dict) and default_parts(choices["distiller"]):
+        parts = config["distiller"]["parts"] = in_order(config["distiller"]["parts"], written)
+        # A part that is a node of the user's own, not the choice of a name, goes by the name of the part.
+        choices["distiller"] = name_of(choices["distiller"], [chosen.get(f"{PART}{part}", part) for part in parts])
     config["choices"] = choices
     _drop_about(config)
     if choices["distiller"] == "none" or choices["teacher"] == "none":

@@ -196,7 +196,9 @@ def _picture(cells: Sequence[Cell], path: Path) -> bool:
 
     from kdlvfm.cli.build import build_data, build_task, build_teacher
     from kdlvfm.cli.runs import load_student, read_run
+    from kdlvfm.data.segmentation import SegmentationData
     from kdlvfm.reporting.figures import prediction_grid
+    from kdlvfm.training.fit import predict
 
     try:
         records = {cell: read_run(cell.folder) for cell in cells}
@@ -204,6 +206,7 @@ def _picture(cells: Sequence[Cell], path: Path) -> bool:
         return False
     config = next(record["config"] for cell, record in records.items() if cell.method != "none")
     data = build_data(config)
+    assert isinstance(data, SegmentationData)
     task = build_task(config, data)
     samples = data.samples("test")
     shown = [samples[index] for index in range(0, len(samples), len(samples) // _SCENES)][:_SCENES]
@@ -213,6 +216,6 @@ def _picture(cells: Sequence[Cell], path: Path) -> bool:
     for cell, record in records.items():
         models["baseline" if cell.method == "none" else cell.method] = load_student(cell.folder, record)
     with torch.no_grad():
-        predictions = {name: task.predict(model(images, task.student_taps)) for name, model in models.items()}
+        predictions = {name: predict(model, task, images, truth) for name, model in models.items()}
     prediction_grid(images, truth, predictions, data.class_names, data.palette, path)
     return True

@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kdlvfm inspect`: the taps of a teacher and a student, and which pair up by stride."""
+"""`kdlvfm inspect`: the taps of a teacher and a student and which pair up by stride, or how a run distilled."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.diagnosis import show_diagnostics
 from kdlvfm.core import TapInfo
 
 _Built = TypeVar("_Built")
 
 _HELP = """\
 usage: kdlvfm inspect [teacher=NAME] [student=NAME] [KEY=VALUE ...]
+       kdlvfm inspect RUN
 
 Taps of a teacher and a student with channels and stride, and the pairs of maps that lie closest in stride.
 Needs no weights and downloads nothing.
 
-example:
+Of a run's folder: gradients of its terms and similarity of its taps at the last step that was looked at.
+
+examples:
   kdlvfm inspect teacher=dinov3_vits16 student=resnet18_deeplabv3plus
+  kdlvfm inspect runs/camvid/resnet18_deeplabv3plus/kd-from_run-seed0-1a2b3c
 """
 
 
@@ -27,6 +33,9 @@ def run(arguments: Sequence[str]) -> int:
     """Entry point of the subcommand."""
     if {"-h", "--help"} & set(arguments):
         print(_HELP)
+        return 0
+    if len(arguments) == 1 and "=" not in arguments[0]:
+        show_diagnostics(Path(arguments[0]))
         return 0
     from rich import box
     from rich.console import Console
@@ -65,7 +74,8 @@ def run(arguments: Sequence[str]) -> int:
             a, b = student.tap_info(one), teacher.tap_info(other)
             table.add_row(one, other, f"{a.stride} : {b.stride}", f"{a.dim} : {b.dim}")
         console.print(table)
-        example = pairs(student.taps(), teacher.taps())[-1]
+        maps = [pair for pair in pairs(student.taps(), teacher.taps()) if pair[0].startswith("map.")]
+        example = maps[-1]
         print(
             f"next  kdlvfm train {' '.join(arguments)} distiller=fitnet "
             f"distiller.student_tap={example[0]} distiller.teacher_tap={example[1]}"
@@ -86,16 +96,25 @@ def _outline(build: Callable[[], _Built]) -> _Built:
 
 
 def pairs(student: Mapping[str, TapInfo], teacher: Mapping[str, TapInfo]) -> list[tuple[str, str]]:
-    """For each map of the student, the deepest map of the teacher whose stride is nearest (as a ratio)."""
+    """For each map of the student, the deepest map of the teacher, or of each, whose stride is nearest (as a ratio).
+
+    The levels of a detector's pyramid pair with those of the teacher's, or with maps of a teacher that has no levels.
+    """
+    members: dict[str, dict[str, TapInfo]] = {}
+    for tap, info in teacher.items():
+        members.setdefault(tap.rpartition("/")[0], {})[tap] = info
     found = []
-    for tap, info in _maps(student).items():
-        nearest = min(reversed(_maps(teacher).items()), key=lambda item: abs(_log_ratio(info.stride, item[1].stride)))
-        found.append((tap, nearest[0]))
+    for kind in ("map.", "fpn."):
+        for tap, info in _maps(student, kind).items():
+            for taps in members.values():
+                maps = _maps(taps, kind) or _maps(taps, "map.")
+                nearest = min(reversed(maps.items()), key=lambda item: abs(_log_ratio(info.stride, item[1].stride)))
+                found.append((tap, nearest[0]))
     return found
 
 
-def _maps(taps: Mapping[str, TapInfo]) -> dict[str, TapInfo]:
-    return {tap: info for tap, info in taps.items() if tap.startswith("map.")}
+def _maps(taps: Mapping[str, TapInfo], kind: str) -> dict[str, TapInfo]:
+    return {tap: info for tap, info in taps.items() if tap.rpartition("/")[2].startswith(kind)}
 
 
 def _log_ratio(a: int | None, b: int | None) -> float:

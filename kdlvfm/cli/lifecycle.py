@@ -73,10 +73,13 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
             val_every=config["recipe"]["val_every"],
             checkpoint_every=config["run"]["checkpoint_every"],
             progress=progress,
+            diagnose_every=config["run"]["diagnose_every"],
+            dead_term_steps=config["run"]["dead_term_steps"],
         )
+        found = {"curve": result.curve, "diagnostics": {"points": result.diagnostics}}
         if not result.finished:
             cost = _cost(began, earlier, result.cost)
-            save(status="interrupted", ended=records.now(), curve=result.curve, cost=cost)
+            save(status="interrupted", ended=records.now(), cost=cost, **found)
             if lead:
                 print(f"Interrupted. To go on: {command_line(overrides)}")
             return 130
@@ -94,9 +97,9 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
             status="finished",
             ended=records.now(),
             metrics=metrics,
-            curve=result.curve,
             selected_step=result.selected_step,
             cost=_cost(began, earlier, result.cost),
+            **found,
         )
     except (KeyboardInterrupt, SystemExit):
         save(status="interrupted", ended=records.now())
@@ -117,7 +120,8 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     if config["out"] is not None:
         return Path(str(config["out"]))
     choices = config["choices"]
-    name = f"{choices['distiller']}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
+    distiller = choices["distiller"].replace(":", "-")  # a colon is no part of a file's name on every system
+    name = f"{distiller}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
     return Path("runs", str(choices["data"]), str(choices["student"]), name)
 
 
@@ -148,8 +152,8 @@ def _opening_record(
     config: Mapping[str, Any], overrides: Sequence[str], cell: Cell, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """All that is known before training."""
-    image, _ = cell.data.samples(cell.data.splits[-1])[0]
-    size = (int(image.shape[-2]), int(image.shape[-1]))
+    size = cell.data.input_size()
+    taps = cell.task.student_taps(cell.student)
     teacher = cell.teacher
     return {
         "schema": records.SCHEMA,
@@ -170,12 +174,12 @@ def _opening_record(
         "student": {
             **asdict(cell.student.card),
             "parameters": count_parameters(cell.student),
-            "macs": count_macs(cell.student, size, forward=lambda images: cell.student(images, cell.task.student_taps)),
+            "macs": count_macs(cell.student, size, forward=lambda images: cell.student(images, taps)),
             "input_size": list(size),
         },
         "distiller": {
             "name": config["choices"]["distiller"],
-            "settings": {key: value for key, value in config["distiller"].items() if not key.startswith("_")},
+            "settings": _settings(config["distiller"]),
             "parameters": count_parameters(cell.distiller),
             "student_taps": list(cell.distiller.student_taps),
             "teacher_taps": list(cell.distiller.teacher_taps),
@@ -198,12 +202,23 @@ def _opening_record(
     }
 
 
+def _settings(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in a node; of a part inside it also which method it is."""
+    settings: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            target = value.get("_target_", "").removesuffix(".from_context")
+            settings[key] = {**({"method": target.rpartition(".")[2]} if target else {}), **_settings(value)}
+        elif not key.startswith("_"):
+            settings[key] = value
+    return settings
+
+
 def _teacher_metrics(
     teacher: Teacher, run: str | None, cell: Cell, loaders: Mapping[str, Loader], device: torch.device
 ) -> dict[str, Any] | None:
     """The upper bound: the metrics of a teacher that has a head, from its own run where that saw the same data."""
-    logits = teacher.taps().get("logits")
-    if logits is None or logits.stride is None or logits.dim != cell.data.num_classes:
+    if not cell.task.solves(teacher.model):
         return None  # no head, or one for other classes, such as a classifier of images
     if run is not None:
         record = read_run(Path(run))

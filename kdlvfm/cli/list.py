@@ -7,12 +7,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import config_dir, options
 
 _SHOWN = {
     "teacher": ("title", "licence", "paper"),
     "student": ("title", "licence"),
-    "distiller": ("title", "trains", "paper"),
+    "distiller": ("title", "trains", "tasks", "paper"),
     "data": ("title", "licence", "paper"),
     "recipe": ("title",),
     "experiment": ("title",),
@@ -25,7 +26,17 @@ def run(arguments: Sequence[str]) -> int:
         prog="kdlvfm list", description="Names for `kdlvfm train`, with the licence of the weights or data, and papers."
     )
     parser.add_argument("group", nargs="?", choices=tuple(_SHOWN), help="show this group only")
-    group = parser.parse_args(arguments).group
+    parser.add_argument("--task", help="distillers for this task only, segmentation or detection")
+    parser.add_argument("--names", action="store_true", help="names alone, comma-separated, as -m takes them")
+    chosen = parser.parse_args(arguments)
+    group, task = chosen.group, chosen.task
+    if task is not None and (group != "distiller" or task not in options("task")):
+        raise CommandError(f"--task is one of {', '.join(options('task'))}, with: kdlvfm list distiller.")
+    if chosen.names:
+        if group is None:
+            raise CommandError("--names needs a group, for example: kdlvfm list distiller --names.")
+        print(",".join(_names(group, task)))
+        return 0
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -37,15 +48,22 @@ def run(arguments: Sequence[str]) -> int:
         table.add_column("name", style="cyan", no_wrap=True)
         for column in _SHOWN[shown]:
             table.add_column(column)
-        for name in options(shown):
+        for name in _names(shown, task):
             about = read_about(shown, name)
             table.add_row(name, *(_cell(column, about.get(column)) for column in _SHOWN[shown]))
         console.print(table)
     return 0
 
 
+def _names(group: str, task: str | None) -> list[str]:
+    """Options of a group; of distillers, those for a task if one is given."""
+    return [name for name in options(group) if task is None or task in read_about(group, name)["tasks"]]
+
+
 def _cell(column: str, value: Any) -> str:
     """A value as shown; of a paper, who and when."""
+    if isinstance(value, list):
+        return ", ".join(value)
     if column == "paper" and value and value.count(",") > 1:
         authors, *_, year = str(value).split(",")
         return f"{authors},{year}"

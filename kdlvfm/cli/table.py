@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders that hold some")
     parser.add_argument("--split", default="test", help="split whose metrics are compared (default: test)")
-    parser.add_argument("--metric", help="metric to compare (default: the task's, mIoU for segmentation)")
+    parser.add_argument("--metric", help="metric to compare (default: the task's, mIoU or mAP)")
     parser.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write table.md and table.csv there")
     options = parser.parse_args(arguments)

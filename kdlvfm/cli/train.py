@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.composites import hidden, shown
 from kdlvfm.cli.config import GROUPS, check_names, compose, config_dir, opened, options
 
 _HELP = """\
@@ -28,10 +29,12 @@ often set:
   teacher.pretrained=false    random weights (said in the record); teacher.checkpoint=PATH reads a local file
   trainer.precision=bf16-mixed  trainer=ddp  recipe.steps=1000  recipe.optimizer.lr=0.01
   distiller.loss_weight=5     any argument of the distiller's class; the same for teacher, student and data
+  distiller=kd+cwd            several distillers in one run: distiller.parts.cwd.loss_weight=5
+                              distiller.weights.cwd.share=0.1  distiller.weights.kd.warmup=0.2
 
 examples:
   kdlvfm train data=digit_scenes teacher=digit_scenes_vit distiller=kd student=resnet18_fpn recipe=digit_scenes
-  kdlvfm train -m distiller=none,kd,fitnet,cwd seed=0,1,2 data=camvid teacher=dinov3_vits16
+  kdlvfm train -m distiller=none,fitnet,cwd,fitnet+cwd seed=0,1,2 data=camvid teacher=dinov3_vits16
 
 `kdlvfm list` shows all names with licences and papers; `kdlvfm inspect` shows taps.
 """
@@ -78,7 +81,7 @@ def _multirun(overrides: Sequence[str]) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
     def cell(_: DictConfig) -> None:
-        own = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
+        own = [shown(override.removeprefix("++")) for override in HydraConfig.get().overrides.task]
         print(f"\n{command_line(own)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "kdlvfm", "train", *own], check=False).returncode
         if code == 130:
@@ -86,7 +89,7 @@ def _multirun(overrides: Sequence[str]) -> int:
         if code:
             failed.append(command_line(own))
 
-    kept, sys.argv = sys.argv, ["kdlvfm", "-m", *opened(overrides)]
+    kept, sys.argv = sys.argv, ["kdlvfm", "-m", *opened([hidden(override) for override in overrides])]
     try:
         cell()
     finally:

@@ -102,6 +102,30 @@ def standardise(x: Tensor, min_std: float = 1e-3) -> Tensor:
     return (x - mean) / var.clamp(min=min_std**2).sqrt()
 
 
+def align_scale(student: Tensor, teacher: Tensor, min_std: float = 1e-3) -> Tensor:
+    """The student's map with each channel's mean and deviation as the teacher's, over batch and positions.
+
+    Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B', C, H', W'); receives no gradient.
+        min_std: least deviation that a channel of the student's is divided by, see `standardise`.
+
+    Raises:
+        ValueError: the channels differ.
+
+    Example:
+        >>> student, teacher = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2), torch.tensor([5.0, 11.0]).view(1, 1, 1, 2)
+        >>> align_scale(student, teacher).flatten().tolist()
+        [5.0, 11.0]
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"channels must agree, not {student.shape[1]} (student) and {teacher.shape[1]} (teacher).")
+    variance, mean = torch.var_mean(promote(teacher.detach()), dim=(0, 2, 3), keepdim=True, unbiased=False)
+    return standardise(promote(student), min_std) * variance.sqrt() + mean
+
+
 def normalise_target(teacher: Tensor, target: TargetNorm = "raw") -> Tensor:
     """The teacher's features (B, C, ...) as a regression target.
 

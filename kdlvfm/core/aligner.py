@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from kdlvfm.core.align import Resize, check_resize, match_size, normalise_target, promote
 from kdlvfm.core.phi_s import PHISTransform
 from kdlvfm.core.projectors import Projector, build_projector
+from kdlvfm.core.running_norm import RunningNorm
 
-Target = Literal["raw", "standardize", "layernorm", "phi_s"]
+Target = Literal["raw", "standardize", "layernorm", "ema", "phi_s"]
 
 
 class Targets(nn.Module):
@@ -20,7 +21,8 @@ class Targets(nn.Module):
 
     Args:
         dim: the teacher's channels.
-        target: `"raw"`, `"standardize"` or `"layernorm"`, see `kdlvfm.core.align.normalise_target`; or `"phi_s"`, which
+        target: `"raw"`, `"standardize"` or `"layernorm"`, see `kdlvfm.core.align.normalise_target`; `"ema"`, as
+            `"standardize"` but by running statistics, see `kdlvfm.core.running_norm.RunningNorm`; or `"phi_s"`, which
             is fitted to the features of the first training steps, see `kdlvfm.core.phi_s.PHISTransform`.
         fit_steps: how many steps PHI-S is fitted to; it is renewed after 1, 2, 4, 8 ... of them. The paper fits it
             before training, on a sample of the data.
@@ -33,10 +35,11 @@ class Targets(nn.Module):
 
     def __init__(self, dim: int, target: Target, *, fit_steps: int = 64) -> None:
         super().__init__()
-        if target not in ("raw", "standardize", "layernorm", "phi_s"):
-            raise ValueError(f"target must be 'raw', 'standardize', 'layernorm' or 'phi_s', not {target!r}.")
+        if target not in ("raw", "standardize", "layernorm", "ema", "phi_s"):
+            raise ValueError(f"target must be 'raw', 'standardize', 'layernorm', 'ema' or 'phi_s', not {target!r}.")
         self.target: Target = target
         self.fit_steps = fit_steps
+        self.ema = RunningNorm(dim) if target == "ema" else None
         self.phi_s: PHISTransform | None = None
         if target == "phi_s":
             self.phi_s = PHISTransform(dim)
@@ -45,6 +48,12 @@ class Targets(nn.Module):
     def forward(self, teacher: Tensor) -> Tensor:
         """Features (B, C, ...) to the same shape, in single precision at least and without gradient."""
         features = promote(teacher.detach())
+        if self.target == "ema":
+            assert self.ema is not None
+            if self.training:
+                self.ema.observe(features)
+            standardised: Tensor = self.ema(features)
+            return standardised
         if self.target != "phi_s":
             return normalise_target(features, self.target)
         assert self.phi_s is not None

@@ -20,13 +20,25 @@ from kdlvfm.core.teacher import Teacher
 
 @dataclass(frozen=True)
 class Context:
-    """What is known when a distiller is built inside a run: enough to size its projectors and memories."""
+    """What is known when a distiller is built inside a run: enough to size its projectors, memories and phases.
+
+    Attributes:
+        student: the network to train.
+        teacher: the frozen network; `None` in a run without one.
+        task: loss on ground truth.
+        num_classes: classes of the data.
+        num_samples: images in the training set.
+        steps: batches of the whole run; `None` where that is not settled.
+        batches_per_epoch: batches in one pass over the training set; `None` where that is not settled.
+    """
 
     student: FeatureModel
     teacher: Teacher | None
     task: Task
     num_classes: int
     num_samples: int
+    steps: int | None = None
+    batches_per_epoch: int | None = None
 
     def require_teacher(self) -> Teacher:
         """The teacher.
@@ -81,10 +93,11 @@ class Context:
 
 @dataclass
 class Seen:
-    """Features that were already computed in a step, by tap."""
+    """What was already computed in a step: features by tap, and the task's terms by name."""
 
     student: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    task: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,13 +108,15 @@ class Step:
         images: (B, 3, H, W) in [0, 1].
         target: the task's ground truth.
         index: (B,) position of each sample in its data set.
-        epoch: epochs completed; with `batch` and `progress`, all that a phase may depend on, so that resuming is exact.
+        epoch: epochs completed; all that a phase may depend on, so that resuming is exact, are this, `batch`,
+            `number` and `progress`.
         batch: batches completed in this epoch.
         student: the network being trained.
         teacher: the frozen network; `None` in a run without one.
         task: loss on ground truth.
         progress: share of the run completed, from 0 to below 1.
-        seen: features of these images already computed, which several distillers of one step share.
+        number: batches completed in the run.
+        seen: what was already computed for these images, which several distillers of one step share.
     """
 
     images: Tensor
@@ -113,6 +128,7 @@ class Step:
     teacher: Teacher | None
     task: Task
     progress: float = 0.0
+    number: int = 0
     seen: Seen = field(default_factory=Seen)
 
     def student_features(self, taps: Collection[str]) -> dict[str, Tensor]:
@@ -134,6 +150,10 @@ class Step:
             raise ValueError(f"a distiller taps {', '.join(taps)} of a teacher, and this step has none.")
         features: dict[str, Tensor] = self.teacher(self.images, tuple(dict.fromkeys(taps)))
         return features
+
+    def task_loss(self, features: Features) -> dict[str, Tensor]:
+        """The task's terms for the student's features of the images, the task's taps among them, unless `seen`."""
+        return dict(self.seen.task) or self.task.loss(self.student, features, self.target)
 
 
 @dataclass(frozen=True)
@@ -162,10 +182,13 @@ class Distiller(nn.Module, ABC):
     Attributes:
         student_taps: taps of the student that `forward` reads.
         teacher_taps: taps of the teacher that `forward` reads; empty means that no teacher is needed.
+        moves_subsets: an update may leave trainable parameters of its group without a gradient, for instance since a
+            term is switched off; training on several processes must know.
     """
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
+    moves_subsets: bool = False
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -188,9 +211,9 @@ class Distiller(nn.Module, ABC):
         A term that is switched off, for now or for good, is left out rather than 0: a term that stays 0 is taken for a
         mistake.
         """
-        student = step.student_features((*step.task.student_taps, *self.student_taps))
+        student = step.student_features((*step.task.student_taps(step.student), *self.student_taps))
         teacher = step.teacher_features(self.teacher_taps)
-        terms = step.task.loss(step.student, student, step.target)
+        terms = step.task_loss(student)
         distillation = self(student, teacher, step.target)
         clash = terms.keys() & distillation.keys()
         if clash:

@@ -43,3 +43,13 @@ def gather_batch(x: Tensor) -> Tensor:
         return x
     gathered: Tensor = _GatherBatch.apply(x)
     return gathered
+
+
+@torch.no_grad()
+def average(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, the same for all of them, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()

@@ -55,19 +55,25 @@ class FeatureModel(nn.Module, ABC):
     The tap grammar, the same for every library:
 
     - `logits`: (B, K) or, for dense models, (B, K, H, W);
+    - `logits_distilled`: (B, K), of the distillation token of a vision transformer that has one;
     - `pooled`: (B, D), the embedding before a classifier;
     - `tokens`: (B, N, D), patch tokens in row-major order, without class and register tokens;
     - `map.<i>`: (B, C, H', W'), entry i of the encoder's feature pyramid; negative i counts from the last;
     - `decoder`: (B, C, H', W'), the map that a dense model's final classifier reads;
+    - `fpn.<i>`, `cls.<i>` and `reg.<i>`: (B, C, H', W') of a detector at level i of its pyramid, the finest first: the
+      map, the class scores before the sigmoid and the boxes, for GFL the distributions of their four sides;
+    - `cls_mid.<i>` and `reg_mid.<i>`: (B, C, H', W'), inside a detector's head, see `kdlvfm.core.split_head.SplitHead`;
     - `module:<path>`: the output of any sub-module of `net`, read with a hook. Not portable between libraries.
 
     Attributes:
         card: where the weights come from.
         net: the library's own network; its `state_dict()` is what leaves the house and loads into the library again.
+        head_taps: what the model's head reads, and `apply_head` takes; empty for a model without a head.
     """
 
     card: ModelCard
     net: nn.Module
+    head_taps: tuple[str, ...] = ()
 
     @abstractmethod
     def taps(self) -> dict[str, TapInfo]:
@@ -88,6 +94,23 @@ class FeatureModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor, taps: Collection[str]) -> dict[str, Tensor]:
         """Features of `images` (B, 3, H, W) in [0, 1], one entry for each name in `taps`, keyed as asked."""
+
+    def apply_head(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
+        """What the head makes of features that need not be the model's own, such as a teacher's brought to its width.
+
+        Args:
+            features: the `head_taps`, with the channels that `tap_info` states. Maps cover the whole image and may be
+                of any size: the head resizes them to the grid that it reads.
+            size: height and width of the images.
+
+        Returns:
+            What a task reads, as `forward` would give it: `logits` (B, K, height, width) of a dense model.
+
+        Raises:
+            TapError: the model has no head.
+        """
+        del features, size
+        raise TapError(f"{self.card.name} has no head that could read features of other networks.")
 
 
 def resolve_tap(tap: str, available: Mapping[str, TapInfo], model: str) -> tuple[str, TapInfo]:
@@ -113,3 +136,21 @@ def resolve_tap(tap: str, available: Mapping[str, TapInfo], model: str) -> tuple
     near = difflib.get_close_matches(tap, available, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise TapError(f"{model} has no tap {tap!r}.{hint} It has: {', '.join(available)}.")
+
+
+def level_taps(model: FeatureModel, kind: str) -> tuple[str, ...]:
+    """Names of the taps `<kind>.<i>` at all levels of a detector's pyramid, the finest first.
+
+    Args:
+        model: a detector.
+        kind: `"fpn"`, `"cls"`, `"reg"`, `"cls_mid"` or `"reg_mid"`.
+
+    Raises:
+        TapError: the model has no such taps.
+    """
+    found = tuple(tap for tap in model.taps() if tap.rpartition(".")[0] == kind)
+    if not found:
+        raise TapError(
+            f"{model.card.name} has no taps '{kind}.<i>', which are a detector's. It has: {', '.join(model.taps())}."
+        )
+    return found

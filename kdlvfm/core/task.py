@@ -32,12 +32,24 @@ class Task(ABC):
     """A supervised problem: it unpacks batches, computes the loss on ground truth and owns the metrics.
 
     Attributes:
-        student_taps: taps of the student that `loss` and `predict` read.
         primary_metric: the metric that tables compare and selection maximises.
+        truth: what ground truth it learns from, `"masks"` or `"boxes"`; data must have the same.
     """
 
-    student_taps: tuple[str, ...]
     primary_metric: str
+    truth: str
+
+    @abstractmethod
+    def student_taps(self, student: FeatureModel) -> tuple[str, ...]:
+        """Taps of a student that `loss` and `predict` read; a detector's depend on its head.
+
+        Raises:
+            ValueError: the student is none for this task.
+        """
+
+    @abstractmethod
+    def solves(self, model: FeatureModel) -> bool:
+        """Whether a model has a head for this task and its classes, so that its predictions can be measured."""
 
     @abstractmethod
     def unpack(self, batch: Any) -> tuple[Tensor, Any, Tensor]:
@@ -48,8 +60,14 @@ class Task(ABC):
         """Supervised terms by name. The student is given too, since a detector's loss lives in its head."""
 
     @abstractmethod
-    def predict(self, features: Features) -> Any:
-        """The student's features as predictions that `metrics().update` takes."""
+    def predict(self, student: FeatureModel, features: Features, target: Any) -> Any:
+        """The student's features as predictions that `metrics().update` takes.
+
+        Args:
+            student: the model, since a detector's decoder lives in its head.
+            features: its `student_taps` of a batch.
+            target: ground truth of the batch, of which nothing but the size of each image may be used.
+        """
 
     @abstractmethod
     def metrics(self) -> Metrics:

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.files import FileData, Pair
-from kdlvfm.data.segmentation import DataError
 
 
 class CamVid(FileData):

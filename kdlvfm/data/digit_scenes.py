@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdlvfm.data.segmentation import UNLABELLED, DataError, Samples, SegmentationData
+from kdlvfm.data.base import DataError
+from kdlvfm.data.segmentation import UNLABELLED, Samples, SegmentationData
 
 Floats: TypeAlias = NDArray[np.float32]
 Split = Literal["train", "val", "test"]

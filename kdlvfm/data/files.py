@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from kdlvfm.data.segmentation import UNLABELLED, VOID, DataError, Samples, SegmentationData
+from kdlvfm.data.base import DataError
+from kdlvfm.data.images import decode, pixels, read_bytes, sha256
+from kdlvfm.data.segmentation import UNLABELLED, VOID, Samples, SegmentationData
 
 _MASK_MODES = ("L", "P", "1", "I", "I;16")
 
@@ -76,21 +77,19 @@ class FileSamples:
         return Fact((image.shape[1], image.shape[2]), digests)
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        content = _bytes(pair.image)
-        # Cameras store turned photographs with a note; masks are drawn on what one sees.
-        pixels = np.array(ImageOps.exif_transpose(_decode(pair.image, content)).convert("RGB"))
-        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        content = read_bytes(pair.image)
+        image = pixels(decode(pair.image, content))
         if pair.mask is None:
-            return image, torch.full(image.shape[1:], UNLABELLED), (_sha256(content),)
-        mask_content = _bytes(pair.mask)
-        mask = self._mask(pair.mask, _decode(pair.mask, mask_content))
+            return image, torch.full(image.shape[1:], UNLABELLED), (sha256(content),)
+        mask_content = read_bytes(pair.mask)
+        mask = self._mask(pair.mask, decode(pair.mask, mask_content))
         if mask.shape != image.shape[1:]:
             sizes = " and ".join(f"{height}x{width}" for height, width in (image.shape[1:], mask.shape))
             raise DataError(
                 f"{pair.image} and its mask {pair.mask} differ in size (height x width {sizes}): "
                 "a mask must have one value for each pixel of its image."
             )
-        return image, mask, (_sha256(content), _sha256(mask_content))
+        return image, mask, (sha256(content), sha256(mask_content))
 
     def _mask(self, path: Path, file: Image.Image) -> Tensor:
         if file.mode not in _MASK_MODES:
@@ -186,23 +185,3 @@ class FileData(SegmentationData):
     @functools.cached_property
     def _facts(self) -> Mapping[str, list[Fact]]:
         return {part: self._file_samples(part).facts() for part in (*self.splits, "unlabelled")}
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): restore the file or its permissions.") from error
-
-
-def _decode(path: Path, content: bytes) -> Image.Image:
-    try:
-        file = Image.open(io.BytesIO(content))
-        file.load()
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        raise DataError(f"{path} is not a readable image ({error}): restore the file or remove the sample.") from error
-    return file
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.files import FileData, Pair
-from kdlvfm.data.segmentation import VOID, DataError
+from kdlvfm.data.images import image_files
+from kdlvfm.data.palette import distinct_colours
+from kdlvfm.data.segmentation import VOID
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_LAYOUT = "images are read from SPLIT/images and masks from SPLIT/masks"
 
 
 class Folder(FileData):
@@ -59,7 +61,9 @@ class Folder(FileData):
                 f"data.ignore_value={ignore_value} is the number of class {self.class_names[ignore_value]!r}: "
                 f"choose a value outside 0 to {self.num_classes - 1}."
             )
-        self.palette = _colours(self.num_classes) if palette is None else tuple((r, g, b) for r, g, b in palette)
+        self.palette = (
+            distinct_colours(self.num_classes) if palette is None else tuple((r, g, b) for r, g, b in palette)
+        )
         if len(self.palette) != self.num_classes:
             raise DataError(f"data.palette has {len(self.palette)} colours for {self.num_classes} classes.")
 
@@ -76,8 +80,8 @@ class Folder(FileData):
         """
         if part == "unlabelled":
             folder = self.root / part / "images"
-            return [Pair(path, None) for path in _files(folder).values()] if folder.is_dir() else []
-        images, masks = _files(self.root / part / "images"), _files(self.root / part / "masks")
+            return [Pair(path, None) for path in image_files(folder, _LAYOUT).values()] if folder.is_dir() else []
+        images, masks = (image_files(self.root / part / kind, _LAYOUT) for kind in ("images", "masks"))
         for name, path in images.items():
             if name not in masks:
                 raise DataError(
@@ -92,28 +96,3 @@ class Folder(FileData):
                     f"{path} is the mask of no image in {self.root / part / 'images'}: add it or remove this."
                 )
         return [Pair(path, masks[name]) for name, path in images.items()]
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Image files of a folder by name without suffix, sorted; hidden files are passed over."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing: images are read from SPLIT/images and masks from SPLIT/masks.")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.suffix.lower() not in _SUFFIXES:
-            raise DataError(f"{path} is not an image file ({', '.join(_SUFFIXES)}): move it elsewhere.")
-        if path.stem in files:
-            raise DataError(f"{files[path.stem]} and {path} have the same name: rename one of them.")
-        files[path.stem] = path
-    if not files:
-        raise DataError(f"{folder} is empty: put images there.")
-    return files
-
-
-def _colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Distinct colours: hues a golden section of the circle apart."""
-    hues = (i * 0.618034 % 1 for i in range(count))
-    colours = (colorsys.hsv_to_rgb(hue, 0.65, 0.9) for hue in hues)
-    return tuple((round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colours)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every segmentation data set shares: loaders whose batches depend on the seed and the step alone."""
+"""What every segmentation data set shares: batches of images and masks, with unlabelled images or without."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, Protocol
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from kdlvfm.core.distributed import world_size
-from kdlvfm.data.sampler import SampleKey, StepSampler, mix_seed
+from kdlvfm.data.base import Batch, DataError, KeyedDataset, SampleData, assigned, drawing
+from kdlvfm.data.sampler import SampleKey, StepSampler
 from kdlvfm.data.transforms import Augmentation
 
 VOID = 255
@@ -20,10 +19,6 @@ VOID = 255
 
 UNLABELLED = -1
 """Mask value of pixels whose class is not known; distillation applies to them, the task's loss does not."""
-
-
-class DataError(ValueError):
-    """A data set that cannot be used as it is; the message names the cause and the fix."""
 
 
 class Samples(Protocol):
@@ -34,70 +29,35 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
 
 
-class SegmentationData(LightningDataModule, ABC):
+class SegmentationData(SampleData):
     """Loaders of a segmentation data set. A subclass names the classes and gives the samples.
 
     A batch is `{"image": float (B, 3, H, W) in [0, 1], "mask": int64 (B, H, W), "index": int64 (B,)}`. Masks hold
     classes 0..K-1, 255 for void and -1 for unlabelled. Indices of unlabelled samples follow those of the labelled ones.
 
-    Training is one epoch of `steps` batches. Which samples a batch holds, and how they are augmented, depends on the
-    seed and on the batch's number alone: not on workers, nor on where a run was interrupted.
-
     Args:
-        batch_size: samples in a training batch, over all processes.
-        steps: training batches of the run.
-        seed: seed of the order and of the augmentation.
         augmentation: applied to training samples; `None` leaves them alone.
         labelled_per_batch: labelled samples in each training batch; the others are unlabelled. `None` is half of the
             batch where there are unlabelled samples, else all of it.
-        eval_batch_size: samples in a batch of validation and test; more than 1 needs images of one size.
-        num_workers: processes that prepare samples; 0 prepares them in the main process.
-
-    Attributes:
-        name: the data set, as tables show it.
-        class_names: the classes, in the order of their numbers.
-        palette: a colour (red, green, blue), each 0..255, for each class.
-        licence: licence or terms of use of the data; `None` if unknown.
-        splits: the splits that exist, out of train, val and test.
-        start_step: first training batch that `train_dataloader` yields; the trainer sets it before it resumes a run.
-            The loader's length stays `steps` all the same, because Lightning counts on from the batch it resumes at.
+        **loading: see `SampleData`; an `eval_batch_size` of more than 1 needs images of one size.
 
     Raises:
-        DataError: sizes that are not positive or do not fit each other.
+        DataError: sizes that are not positive or do not fit each other, or an augmentation for boxes.
     """
 
-    name: str
-    class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    licence: str | None
-    splits: tuple[str, ...] = ("train", "val", "test")
+    truth = "masks"
 
     def __init__(
-        self,
-        *,
-        batch_size: int,
-        steps: int,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-        labelled_per_batch: int | None = None,
-        eval_batch_size: int = 1,
-        num_workers: int = 0,
+        self, *, augmentation: Augmentation | None = None, labelled_per_batch: int | None = None, **loading: Any
     ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("steps", steps), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, not {value}.")
-        if labelled_per_batch is not None and not 1 <= labelled_per_batch <= batch_size:
+        super().__init__(**loading)
+        if not isinstance(augmentation, Augmentation | None):
+            raise DataError("recipe.augmentation is not made for masks: choose a recipe for segmentation.")
+        if labelled_per_batch is not None and not 1 <= labelled_per_batch <= self.batch_size:
             raise DataError(
-                f"labelled_per_batch must be from 1 to batch_size = {batch_size}, not {labelled_per_batch}."
+                f"labelled_per_batch must be from 1 to batch_size = {self.batch_size}, not {labelled_per_batch}."
             )
-        self.batch_size = batch_size
-        self.steps = steps
-        self.seed = seed
         self.augmentation = augmentation
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.start_step = 0
         self._labelled_per_batch = labelled_per_batch
 
     @abstractmethod
@@ -108,12 +68,8 @@ class SegmentationData(LightningDataModule, ABC):
         """Training samples whose masks are -1 everywhere; `None` if there are none."""
         return None
 
-    @abstractmethod
-    def split_hash(self) -> str:
-        """SHA-256, in hexadecimal, of all that decides which samples each split holds and what they look like."""
-
     def check(self) -> None:
-        """Fail now rather than in the middle of a run: read and validate samples of every part.
+        """Validate a sample of every part.
 
         Raises:
             DataError: a sample that cannot be used, or batches that cannot be filled.
@@ -127,11 +83,6 @@ class SegmentationData(LightningDataModule, ABC):
                 raise DataError(f"{self.name} has no sample in {part!r}: a run needs at least one.")
             check_sample(*samples[0], self.num_classes, f"sample 0 of {part!r} in {self.name}")
         self.batch_parts()
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, void not counted."""
-        return len(self.class_names)
 
     @property
     def num_labelled(self) -> int:
@@ -182,10 +133,10 @@ class SegmentationData(LightningDataModule, ABC):
             **evaluation,
         }
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Training batches `start_step` to `steps` - 1, with length `steps`."""
+    def sampler(self) -> StepSampler:
+        """Which samples make which training batch."""
         labelled, unlabelled = self.batch_parts()
-        sampler = StepSampler(
+        return StepSampler(
             num_labelled=self.num_labelled,
             num_unlabelled=self.num_unlabelled,
             labelled=labelled,
@@ -194,33 +145,14 @@ class SegmentationData(LightningDataModule, ABC):
             seed=self.seed,
             start=self.start_step,
         )
-        dataset = _TrainingSet(self.samples("train"), self.unlabelled_samples(), self.augmentation, self.seed)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # else making an iterator draws from the global one
-        )
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Validation samples in order, not augmented."""
-        return self.evaluation_loader("val")
+    def training_set(self) -> KeyedDataset:
+        """Augmented samples with and without mask."""
+        return _TrainingSet(self.samples("train"), self.unlabelled_samples(), self.augmentation, self.seed)
 
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test samples in order, not augmented."""
-        return self.evaluation_loader("test")
-
-    def evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        """Samples of any split in order, not augmented; in a distributed run, this process's share of them."""
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
-        return DataLoader(
-            _EvaluationSet(self.samples(split), rank, world_size()),
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def evaluation_set(self, split: str, rank: int = 0, processes: int = 1) -> Dataset[Batch]:
+        """One process's share of a split; what is missing from the last round is a sample whose mask is void."""
+        return _EvaluationSet(self.samples(split), rank, processes)
 
 
 def check_sample(image: Tensor, mask: Tensor, num_classes: int, what: str) -> None:
@@ -240,8 +172,8 @@ def check_sample(image: Tensor, mask: Tensor, num_classes: int, what: str) -> No
         )
 
 
-class _TrainingSet(Dataset[dict[str, Any]]):
-    """Augmented training samples; the same key always gives the same sample."""
+class _TrainingSet:
+    """Augmented training samples."""
 
     def __init__(
         self, labelled: Samples, unlabelled: Samples | None, augmentation: Augmentation | None, seed: int
@@ -251,25 +183,20 @@ class _TrainingSet(Dataset[dict[str, Any]]):
         self._augmentation = augmentation
         self._seed = seed
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+    def __getitem__(self, key: SampleKey) -> Batch:
         beyond = key.sample - len(self._labelled)
         if beyond < 0 or self._unlabelled is None:
             image, mask = self._labelled[key.sample]
         else:
             image, mask = self._unlabelled[beyond]
         if self._augmentation is not None:
-            # Only the CPU generator: torch.manual_seed would also reset those of the GPUs.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(mix_seed("augmentation", self._seed, *key))
+            with drawing(self._seed, key):
                 image, mask = self._augmentation(image, mask)
         return {"image": image.float() / 255, "mask": mask, "index": key.sample}
 
 
-class _EvaluationSet(Dataset[dict[str, Any]]):
-    """One process's share of the samples: equally long for all, since they meet in collective calls.
-
-    What is missing from the last round is filled up with a sample whose mask is void, so that none counts twice.
-    """
+class _EvaluationSet(Dataset[Batch]):
+    """Samples as they are."""
 
     def __init__(self, samples: Samples, rank: int, processes: int) -> None:
         self._samples = samples
@@ -279,10 +206,7 @@ class _EvaluationSet(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return -(-len(self._samples) // self._processes)
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        index = item * self._processes + self._rank
-        last = len(self._samples) - 1
-        image, mask = self._samples[min(index, last)]
-        if index > last:
-            index, mask = last, torch.full_like(mask, VOID)
-        return {"image": image.float() / 255, "mask": mask, "index": index}
+    def __getitem__(self, item: int) -> Batch:
+        index, fills = assigned(item, len(self._samples), self._rank, self._processes)
+        image, mask = self._samples[index]
+        return {"image": image.float() / 255, "mask": torch.full_like(mask, VOID) if fills else mask, "index": index}

@@ -10,8 +10,36 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-_PAD_COLOUR = (124, 116, 104)  # mean of ImageNet: nearly zero after every model's own normalisation
+PAD_COLOUR = (124, 116, 104)  # mean of ImageNet: nearly zero after every model's own normalisation
 _VOID = 255
+
+
+def check_geometry(scale: Sequence[float], crop: Sequence[int] | None, flip: float) -> None:
+    """The arguments that augmentations for masks and for boxes share.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"augmentation.scale must be [smallest, largest] with 0 < smallest <= largest, not {scale}.")
+    if crop is not None and (len(crop) != 2 or min(crop) < 1):
+        raise ValueError(f"augmentation.crop must be [height, width] in pixels or null, not {crop}.")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"augmentation.flip is a probability from 0 to 1, not {flip}.")
+
+
+def colour_jitter(brightness: float, contrast: float, saturation: float) -> v2.ColorJitter | None:
+    """Random colour of an image; `None` where all of it is switched off.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"augmentation.{name} must be from 0 to 1, not {value}.")
+    if not (brightness or contrast or saturation):
+        return None
+    return v2.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation)
 
 
 class Augmentation:
@@ -42,25 +70,11 @@ class Augmentation:
         contrast: float = 0.0,
         saturation: float = 0.0,
     ) -> None:
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(
-                f"augmentation.scale must be [smallest, largest] with 0 < smallest <= largest, not {scale}."
-            )
-        if crop is not None and (len(crop) != 2 or min(crop) < 1):
-            raise ValueError(f"augmentation.crop must be [height, width] in pixels or null, not {crop}.")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"augmentation.flip is a probability from 0 to 1, not {flip}.")
-        for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"augmentation.{name} must be from 0 to 1, not {value}.")
+        check_geometry(scale, crop, flip)
         self.crop = None if crop is None else (int(crop[0]), int(crop[1]))
         self._scale = (float(scale[0]), float(scale[1]))
         self._flip = flip
-        self._colour = (
-            v2.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation)
-            if brightness or contrast or saturation
-            else None
-        )
+        self._colour = colour_jitter(brightness, contrast, saturation)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """An augmented sample.
@@ -94,7 +108,7 @@ class Augmentation:
     def _cut(self, image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         rows, rows_out = _place(image.shape[-2], size[0])
         columns, columns_out = _place(image.shape[-1], size[1])
-        image_out = torch.tensor(_PAD_COLOUR, dtype=image.dtype)[:, None, None].repeat(1, *size)
+        image_out = torch.tensor(PAD_COLOUR, dtype=image.dtype)[:, None, None].repeat(1, *size)
         mask_out = torch.full(size, _VOID, dtype=mask.dtype)
         image_out[:, rows_out, columns_out] = image[:, rows, columns]
         mask_out[rows_out, columns_out] = mask[rows, columns]

@@ -30,5 +30,9 @@ def fit_to_multiple(images: Tensor, multiple: int, fit: Fit) -> Tensor:
 
 
 def crop_to_image(x: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """The part of a padded image's map (B, C, H', W') that lies over an image of `size` pixels: ceil(size / stride)."""
-    return x[..., : -(-size[0] // stride), : -(-size[1] // stride)]
+    """The part of a padded image's map (B, C, H', W') that lies over an image of `size` pixels: ceil(size / stride).
+
+    A map with nothing to crop is returned itself, not a view of it: what else depends on it, depends on the result too.
+    """
+    height, width = -(-size[0] // stride), -(-size[1] // stride)
+    return x if x.shape[-2:] == (height, width) else x[..., :height, :width]

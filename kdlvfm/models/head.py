@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core.align import resize_map
-from kdlvfm.core.features import FeatureModel, TapInfo, resolve_tap
+from kdlvfm.core.features import FeatureModel, Features, TapInfo, resolve_tap
 from kdlvfm.models.adapter import Adapter
 
 _DENSE = frozenset({"decoder", "logits"})
@@ -82,6 +82,8 @@ class EncoderHead(Adapter):
         ValueError: the tap is not a map, or its stride is too small for a pyramid.
     """
 
+    head_taps = ("decoder",)
+
     def __init__(
         self,
         encoder: FeatureModel,
@@ -141,3 +143,7 @@ class EncoderHead(Adapter):
             found["decoder"], logits = self.net.get_submodule("head")(found[self._tap])
             found["logits"] = resize_map(logits, images.shape[-2:])
         return dict(found)
+
+    def apply_head(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
+        """See `FeatureModel.apply_head`: the classifier alone, on a map of the tap `decoder`."""
+        return {"logits": resize_map(self.net.get_submodule("head.classifier")(features["decoder"]), size)}

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdlvfm.core.features import ModelCard, TapInfo
+from kdlvfm.core.align import resize_map
+from kdlvfm.core.features import Features, ModelCard, TapInfo
 from kdlvfm.models.adapter import Adapter
 from kdlvfm.models.geometry import crop_to_image, fit_to_multiple
 from kdlvfm.models.timm import TimmEncoder
@@ -48,6 +49,8 @@ class SMPModel(Adapter):
         UnknownModelError: timm has no such encoder.
         WeightsError: the weights cannot be fetched, read, or are another architecture's.
     """
+
+    head_taps = ("decoder",)
 
     def __init__(
         self,
@@ -119,6 +122,14 @@ class SMPModel(Adapter):
             found[tap] = value if stride is None else crop_to_image(value, size, stride)
         found["pooled"] = found[names[-1]].mean(dim=(2, 3))
         return found
+
+    def apply_head(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
+        """See `FeatureModel.apply_head`: the last convolution on a map of the tap `decoder`."""
+        net: Any = self.net
+        stride = self._taps["decoder"].stride
+        assert stride is not None
+        decoder = resize_map(features["decoder"], [-(-side // stride) for side in size])
+        return {"logits": crop_to_image(net.segmentation_head(decoder), size, 1)}
 
 
 def _whole_network(checkpoint: str | Path | None) -> dict[str, Tensor] | None:

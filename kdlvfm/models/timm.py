@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
@@ -21,6 +22,9 @@ from kdlvfm.models.adapter import Adapter, Normalise
 from kdlvfm.models.geometry import Fit, crop_to_image, fit_to_multiple
 from kdlvfm.models.weights import UnknownModelError, WeightsError, fetch, read_weights, sha256_of, wrong_architecture
 
+_OF_IMAGES = frozenset({"pooled", "logits", "logits_distilled"})
+"""Taps that need the network to its end."""
+
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
 """The options with which timm's families lift the limit of one image size; each family has one or none."""
 
@@ -30,7 +34,8 @@ class TimmEncoder(Adapter):
 
     Taps: `map.<i>` (a ViT has one for each block, a hierarchical network one for each stage), `tokens` (a ViT's patch
     tokens after its final norm; for other networks the last map, flattened), `pooled` (what the classifier reads) and
-    `logits` if the weights have a classifier. For CLIP, timm's classifier is the projection into the joint space.
+    `logits` if the weights have a classifier. For CLIP, timm's classifier is the projection into the joint space. A
+    DeiT with a distillation token also has that token's `logits_distilled`; its `logits` are the mean of both tokens'.
 
     Args:
         name: timm's name, with the tag of the weights if it is not the default one, for example
@@ -82,6 +87,8 @@ class TimmEncoder(Adapter):
         taps["pooled"] = TapInfo(net.head_hidden_size, None)
         if net.num_classes > 0:
             taps["logits"] = TapInfo(net.num_classes, None)
+            if isinstance(net, VisionTransformerDistilled):
+                taps["logits_distilled"] = TapInfo(net.num_classes, None)
         return taps
 
     def taps(self) -> dict[str, TapInfo]:
@@ -100,7 +107,7 @@ class TimmEncoder(Adapter):
         if "tokens" in taps and not final_norm:
             wanted.add(last)
 
-        to_the_end = complete or not taps.isdisjoint({"pooled", "logits"}) or ("tokens" in taps and final_norm)
+        to_the_end = complete or not taps.isdisjoint(_OF_IMAGES) or ("tokens" in taps and final_norm)
         order, options = sorted(wanted), {"norm": self._norm, "output_fmt": "NCHW"}
         end: Any = None
         maps: list[Tensor] = []
@@ -123,6 +130,8 @@ class TimmEncoder(Adapter):
             found["pooled"] = net.forward_head(end, pre_logits=True)
         if complete or "logits" in taps:
             found["logits"] = net.forward_head(end)
+        if "logits_distilled" in taps:
+            found["logits_distilled"] = net.head_dist(net.head_drop(end[:, 1]))
         return found
 
     def _over_image(self, tap: str, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -141,7 +150,7 @@ def _load(
     if not hasattr(outline, "forward_intermediates"):
         raise ValueError(f"timm's {name} ({type(outline).__name__}) has no forward_intermediates, so no maps.")
     title = ".".join(filter(None, (config["architecture"], config.get("tag"))))
-    accepted = inspect.signature(type(outline).__init__).parameters
+    accepted = _arguments(type(outline))
     model_kwargs = {**{key: value for key, value in _ANY_SIZE.items() if key in accepted}, **model_kwargs}
     if checkpoint is None and not pretrained:
         return timm.create_model(name, **model_kwargs), ModelCard(title, weights="random")
@@ -162,6 +171,17 @@ def _load(
     if licence and weights == "file":
         licence = f"{licence} (of timm's {title}; not known of this file)"
     return net, ModelCard(title, weights, licence=licence, sha256=sha256_of(path), source=source)
+
+
+def _arguments(network: type) -> set[str]:
+    """Names of the arguments that a class takes, itself or by handing them on to its base."""
+    names: set[str] = set()
+    for base in network.__mro__:
+        parameters = inspect.signature(base).parameters
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def _check_name(name: str) -> None:

@@ -51,6 +51,10 @@ _LIBRARIES = (
     "hydra-core",
     "segmentation-models-pytorch",
     "open-clip-torch",
+    "mmdet",
+    "mmengine",
+    "mmcv-lite",
+    "faster-coco-eval",
     "torchmetrics",
     "numpy",
     "scikit-learn",
@@ -94,7 +98,7 @@ def recipe_hash(config: Mapping[str, Any]) -> str:
 
 def differences(config_a: Mapping[str, Any], config_b: Mapping[str, Any]) -> list[str]:
     """What makes two configurations different in result, one line `key: a != b` for each key, sorted."""
-    a, b = _flatten(identity(config_a)), _flatten(identity(config_b))
+    a, b = flatten(identity(config_a)), flatten(identity(config_b))
     return [
         f"{key}: {a.get(key, '(absent)')} != {b.get(key, '(absent)')}"
         for key in sorted(a.keys() | b.keys())
@@ -194,12 +198,12 @@ def _without_seeds(value: Any) -> Any:
     return value
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted key -> JSON text of the value; an empty group stays as a leaf."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
     return flat

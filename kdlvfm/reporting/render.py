@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _NOTHING = "–"
-_METRIC_NAMES = {"miou": "mIoU", "map": "mAP"}
+_METRIC_NAMES = {"miou": "mIoU"}
 _VERDICT_STYLES = {"better": "green", "worse": "red", "not shown": "dim"}
 _ROLE_STYLES = {"teacher": "cyan", "baseline": "bold", "method": ""}
 

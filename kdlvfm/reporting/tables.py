@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kdlvfm.reporting.collect import preference
-from kdlvfm.reporting.record import BASELINE, Record
+from kdlvfm.reporting.record import BASELINE, Record, flatten
 from kdlvfm.reporting.statistics import (
     SEEDS_FOR_A_VERDICT,
     Difference,
@@ -111,7 +111,13 @@ def summarise(records: Iterable[Record], split: str = "test", metric: str | None
     finished = [record for group in recipes.values() for record in group if record["status"] == "finished"]
     if finished and all(_score(record, split, metric) is None for record in finished):
         known = sorted(
-            {f"{part}/{name}" for r in finished for part, m in r["metrics"].items() for name in m if name != "iou"}
+            {
+                f"{part}/{name}"
+                for r in finished
+                for part, metrics in r["metrics"].items()
+                for name, value in metrics.items()
+                if not isinstance(value, dict)
+            }
         )
         wanted = f"{split}/{metric or finished[0]['task']['primary_metric']}"
         raise ValueError(f"No finished run has {wanted}; there is {', '.join(known) or 'no metric at all'}.")
@@ -227,14 +233,14 @@ def _cell(records: Sequence[Record], split: str, metric: str | None) -> _Cell:
 
 def _labels(cells: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """A name for each method: the distiller's, with the settings in which its variants differ."""
-    variants: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    variants: dict[str, list[dict[str, str]]] = defaultdict(list)
     for name, settings in cells:
-        variants[name].append(json.loads(settings or "{}"))
+        variants[name].append(flatten(json.loads(settings or "{}")))
     labels = {}
     for name, settings in cells:
-        own = json.loads(settings or "{}")
+        own = flatten(json.loads(settings or "{}"))
         differing = [
-            f"{key}={json.dumps(own[key])}"
+            f"{key}={own[key]}"
             for key in sorted(own)
             if any(key not in variant or variant[key] != own[key] for variant in variants[name])
         ]

@@ -33,8 +33,8 @@ class Segmentation(Task):
         ValueError: number of names or weights that is not K, or no such number of classes.
     """
 
-    student_taps = ("logits",)
     primary_metric = "miou"
+    truth = "masks"
 
     def __init__(
         self,
@@ -52,6 +52,16 @@ class Segmentation(Task):
         self.num_classes = num_classes
         self.class_names = names
         self._weights = None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
+
+    def student_taps(self, student: FeatureModel) -> tuple[str, ...]:
+        """`logits`, of every student."""
+        del student
+        return ("logits",)
+
+    def solves(self, model: FeatureModel) -> bool:
+        """Whether the model has dense logits for these classes; those of a classifier of images have no stride."""
+        logits = model.taps().get("logits")
+        return logits is not None and logits.stride is not None and logits.dim == self.num_classes
 
     def unpack(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), masks (B, H, W) and indices (B,) of a batch."""
@@ -74,8 +84,9 @@ class Segmentation(Task):
             labelled = labelled * weights[known.clamp_max(self.num_classes - 1)]
         return {"cross_entropy": total / labelled.sum().clamp_min(torch.finfo(logits.dtype).tiny)}
 
-    def predict(self, features: Features) -> Tensor:
+    def predict(self, student: FeatureModel, features: Features, target: Tensor) -> Tensor:
         """The likeliest class of each pixel, int64 (B, H, W)."""
+        del student, target
         return features["logits"].argmax(dim=1)
 
     def metrics(self) -> SegmentationMetrics:

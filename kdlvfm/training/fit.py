@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from kdlvfm.core import Distiller, FeatureModel, Task, Teacher
+from kdlvfm.core import Detector, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.training.callbacks import (
     BestStudent,
     Checkpointer,
-    CostMeter,
     CurveRecorder,
     FiniteLoss,
     LineProgress,
 )
+from kdlvfm.training.cost import CostMeter
+from kdlvfm.training.diagnostics import Diagnostics
 from kdlvfm.training.module import DistillationModule
 
 PROGRESS = ("bar", "line", "none")
@@ -41,6 +43,7 @@ class FitResult:
         selected_step: the step whose weights the student now has.
         curve: validation metrics over the run.
         cost: seconds, throughput, memory and the teacher's share.
+        diagnostics: what the terms and features were like now and then, see `Diagnostics.points`.
         device: where training ran, for the evaluation that follows.
     """
 
@@ -48,6 +51,7 @@ class FitResult:
     selected_step: int
     curve: list[dict[str, Any]]
     cost: dict[str, float | None]
+    diagnostics: list[dict[str, Any]]
     device: torch.device
 
 
@@ -78,6 +82,12 @@ def check_fit(
             raise ValueError(
                 f"the teacher's head has {teacher.tap_info('logits').dim} classes, the data has {num_classes}: "
                 "use a teacher trained on these classes."
+            )
+        scores = any(tap.startswith("cls.") for tap in distiller.teacher_taps)
+        if scores and isinstance(teacher.model, Detector) and teacher.model.num_classes != num_classes:
+            raise ValueError(
+                f"the teacher detects {teacher.model.num_classes} classes, the data has {num_classes}: use a teacher "
+                "trained on these classes, or a distiller that does not compare class scores."
             )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if str(precision).startswith("16") and on_cpu:
@@ -115,6 +125,8 @@ def fit(
     val_every: int | None = None,
     checkpoint_every: int = 200,
     progress: str = "bar",
+    diagnose_every: int | None = 100,
+    dead_term_steps: int | None = 500,
 ) -> FitResult:
     """Train `module` on `data`, or go on where `folder/checkpoints/last.ckpt` stopped.
 
@@ -128,10 +140,13 @@ def fit(
         val_every: steps between validations; `None` validates only at the end, outside this function.
         checkpoint_every: steps between checkpoints.
         progress: `"bar"`, `"line"` (plain lines) or `"none"`.
+        diagnose_every: steps between diagnostics of terms and features; `None` for none.
+        dead_term_steps: steps after which a distillation term that does nothing ends the run; `None` for never.
 
     Raises:
         ValueError: an argument is none of the above.
         NonFiniteLossError: the loss is no longer a number.
+        DeadTermError: a distillation term does nothing.
     """
     check_schedule(
         steps=module.steps,
@@ -140,13 +155,15 @@ def fit(
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
+    diagnostics = Diagnostics(diagnose_every, dead_term_steps)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     last = checkpoints / "last.ckpt"
     metric = f"val/{module.task.primary_metric}"
-    curve, cost, checkpointer = CurveRecorder(metric), CostMeter(), Checkpointer(last, checkpoint_every)
+    curve, cost = CurveRecorder(metric), CostMeter(untimed=diagnostics.due)
+    checkpointer = Checkpointer(last, checkpoint_every)
     keeper = BestStudent(metric) if selection == "best_val" else None
-    callbacks: list[Callback] = [curve, cost, FiniteLoss(), *_progress(progress, module.steps)]
+    callbacks: list[Callback] = [curve, cost, FiniteLoss(), diagnostics, *_progress(progress, module.steps)]
     callbacks += [checkpointer] if keeper is None else [keeper, checkpointer]
     # Lightning's advice and its notes on devices would bury what the run itself has to say.
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -179,7 +196,14 @@ def fit(
     if keeper is not None and keeper.step is not None and not checkpointer.interrupted:
         module.student.load_state_dict(keeper.weights)
         selected = keeper.step
-    return FitResult(not checkpointer.interrupted, selected, curve.points, cost.summary(), runner.strategy.root_device)
+    return FitResult(
+        not checkpointer.interrupted,
+        selected,
+        curve.points,
+        cost.summary(),
+        diagnostics.points,
+        runner.strategy.root_device,
+    )
 
 
 def _progress(kind: str, steps: int) -> list[Callback]:
@@ -211,8 +235,8 @@ def evaluate(
     metrics = task.metrics()
     metrics.to(device)
     for batch in loader:
-        images, target, _ = task.unpack(batch)
-        metrics.update(task.predict(model(images.to(device), task.student_taps)), _to(target, device))
+        images, target, _ = task.unpack(move_data_to_device(batch, torch.device(device)))
+        metrics.update(predict(model, task, images, target), target)
     model.train(training)
     result: dict[str, Any] = {}
     for name, value in metrics.compute().items():
@@ -225,5 +249,7 @@ def evaluate(
     return result
 
 
-def _to(target: Any, device: torch.device | str) -> Any:
-    return target.to(device) if isinstance(target, Tensor) else target
+def predict(model: FeatureModel | Teacher, task: Task, images: Tensor, target: Any) -> Any:
+    """What a student, or a teacher that solves the task, predicts for a batch."""
+    network = model.model if isinstance(model, Teacher) else model
+    return task.predict(network, model(images, task.student_taps(network)), target)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class DistillationModule(LightningModule):
         teacher: the frozen network, if the distiller taps one.
         accumulate: updates of a group whose gradients are averaged into one optimizer step; usually one for each batch.
         seed: of dropout and everything else that draws random numbers in a step.
+
+    Attributes:
+        completed: batches completed in the run.
+        observers: each is shown every update before its gradients are computed. The terms can still be differentiated
+            then; the parameters' `grad` must be left alone.
     """
 
     def __init__(
@@ -66,12 +71,13 @@ class DistillationModule(LightningModule):
         self._gradients: dict[str, Tensor] = {}
         self._metrics = task.metrics()
         self.completed = 0
+        self.observers: list[Callable[[Update], None]] = []
         plans.check(self._groups)
 
     @property
     def moves_subsets(self) -> bool:
         """An update may leave some trainable parameters without a gradient."""
-        return len(self._groups) > 1
+        return len(self._groups) > 1 or self.distiller.moves_subsets
 
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimizer for each parameter group, in the order of `Distiller.parameter_groups`."""
@@ -90,7 +96,7 @@ class DistillationModule(LightningModule):
         images, target, index = self.task.unpack(batch)
         epoch, position = divmod(batch_idx, self._batches_per_epoch)
         progress = batch_idx / self.steps
-        step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task, progress)
+        step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task, progress, batch_idx)
         for update in self.distiller.updates(step):
             self._backward(update)
             if self._pending[update.group] == self._accumulate:
@@ -102,6 +108,8 @@ class DistillationModule(LightningModule):
 
     def _backward(self, update: Update) -> None:
         """Add the update's share to the gradients of its group, and to no others."""
+        for observe in self.observers:
+            observe(update)
         loss = torch.stack([term.float() for term in update.terms.values()]).sum()
         # A gradient accumulated for another group must neither grow by this update nor be lost.
         others = [p for name, group in self._groups.items() if name != update.group for p in group]
@@ -159,8 +167,8 @@ class DistillationModule(LightningModule):
         """The student alone."""
         del batch_idx
         images, target, _ = self.task.unpack(batch)
-        features = self.student(images, self.task.student_taps)
-        self._metrics.update(self.task.predict(features), target)
+        features = self.student(images, self.task.student_taps(self.student))
+        self._metrics.update(self.task.predict(self.student, features, target), target)
 
     def on_validation_epoch_end(self) -> None:
         """Log the task's primary metric."""

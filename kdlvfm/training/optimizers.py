@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.nn import Parameter
@@ -29,6 +29,11 @@ def poly(progress: float, power: float = 0.9) -> float:
 def cosine(progress: float, floor: float = 0.0) -> float:
     """Half a cosine from 1 to `floor` (Loshchilov and Hutter, 2017)."""
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def multistep(progress: float, milestones: Sequence[float], gamma: float = 0.1) -> float:
+    """`gamma` to the power of the number of `milestones`, shares of the run, that have been passed."""
+    return float(gamma ** sum(progress >= milestone for milestone in milestones))
 
 
 @dataclass(frozen=True)

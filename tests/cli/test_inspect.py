@@ -6,8 +6,8 @@ from kdlvfm.cli.config import options
 from kdlvfm.cli.inspect import pairs
 from kdlvfm.core import TapInfo
 
-TEACHERS = [name for name in options("teacher") if name not in ("none", "timm", "from_run")]
-STUDENTS = [name for name in options("student") if name not in ("smp", "timm_linear")]
+TEACHERS = [name for name in options("teacher") if name not in ("none", "timm", "from_run", "ensemble")]
+STUDENTS = [name for name in options("student") if name not in ("mmdet", "mmdet_timm", "smp", "timm_linear")]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,17 @@ def test_a_zero_shot_teacher_too(kdlvfm):
 def test_every_student(student, kdlvfm):
     ended = kdlvfm("inspect", f"student={student}")
     assert ended.code == 0, ended.err
-    assert "logits" in ended.out
+    assert ("logits" in ended.out) != ("fpn.0" in ended.out)
+
+
+def test_several_teachers(kdlvfm):
+    members = [f"teacher@teacher.members.{name}" for name in ("dino=dinov3_vits16", "sam=sam2_hiera_tiny")]
+    ended = kdlvfm("inspect", "teacher=ensemble", *members, "student=resnet18_linear")
+    assert ended.code == 0, ended.err
+    assert "vit_small_patch16_dinov3.lvd1689m + sam2_hiera_tiny" in ended.out
+    assert ended.out.count("dino/map.11") > 1
+    assert "sam/map.3" in ended.out
+    assert "distiller.teacher_tap=sam/map.3" in ended.out
 
 
 def test_the_teacher_of_a_run(kdlvfm, head):
@@ -53,6 +63,10 @@ def test_the_teacher_of_a_run(kdlvfm, head):
     [
         (["teacher=dino"], "no teacher called 'dino'"),
         (["teacher=timm"], "teacher.name=..."),
+        (["teacher=ensemble"], "an ensemble needs members"),
+        (["teacher=ensemble", "teacher@teacher.members.a=none"], "teacher.members.a is no teacher"),
+        (["teacher=ensemble", "teacher@teacher.members.a=dinov4"], "no teacher called 'dinov4'"),
+        (["teacher=ensemble", "teacher@teacher.members.a=dinov3_vits16", "teacher.norm=1"], "argument 'norm'"),
         (["teacher=timm", "teacher.name=resnet81"], "no model 'resnet81'"),
     ],
 )
@@ -67,3 +81,11 @@ def test_pairs_are_nearest_in_the_ratio_of_strides_and_the_deepest_of_equals():
     student = {"map.0": TapInfo(8, 4), "map.1": TapInfo(8, 8), "map.2": TapInfo(8, 32), "pooled": TapInfo(8, None)}
     hierarchical = {"map.0": TapInfo(9, 4), "map.1": TapInfo(9, 16), "map.2": TapInfo(9, 16), "tokens": TapInfo(9, 16)}
     assert pairs(student, hierarchical) == [("map.0", "map.0"), ("map.1", "map.2"), ("map.2", "map.2")]
+
+
+def test_levels_of_a_detector_pair_with_levels_where_there_are_any():
+    student = {"map.0": TapInfo(8, 4), "fpn.0": TapInfo(8, 8), "fpn.1": TapInfo(8, 16)}
+    encoder = {"map.0": TapInfo(9, 4), "map.1": TapInfo(9, 16)}
+    detector = {**encoder, "fpn.0": TapInfo(9, 8), "fpn.1": TapInfo(9, 32)}
+    assert pairs(student, encoder) == [("map.0", "map.0"), ("fpn.0", "map.1"), ("fpn.1", "map.1")]
+    assert pairs(student, detector) == [("map.0", "map.0"), ("fpn.0", "fpn.0"), ("fpn.1", "fpn.1")]

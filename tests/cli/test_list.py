@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
 import subprocess
 import sys
 
@@ -30,8 +31,13 @@ def test_one_group(group, kdlvfm):
 def test_every_option_says_what_it_is(group, name):
     about = read_about(group, name)
     assert about.get("title")
-    if group in ("teacher", "data") and name not in ("none", "folder"):
+    if group in ("teacher", "data") and name not in ("none", "folder", "yolo"):
         assert about.get("licence")
+
+
+def test_a_distiller_says_what_tasks_it_is_for(kdlvfm):
+    words = re.findall(r"\w+", kdlvfm("list", "distiller").out)
+    assert {"tasks", "segmentation", "detection"} <= set(words)
 
 
 def test_listing_loads_no_heavy_library():

@@ -3,16 +3,20 @@
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
+import kdlvfm.distillers
 from kdlvfm.cli.config import compose, instantiate, options
+from kdlvfm.cli.list import read_about
 from kdlvfm.core import Distiller
 
 BASELINE = "none"
-NAMES = options("distiller")
+# A YAML file that names no tasks is found, and told so, in test_files.py.
+CASES = [(name, task) for name in options("distiller") for task in read_about("distiller", name).get("tasks", ())]
 EPOCHS = (0, 1)  # a method may alternate between phases
 
 
@@ -21,18 +25,83 @@ def node_of(name):
     return compose([f"distiller={name}"])["distiller"]
 
 
-@pytest.fixture(params=NAMES)
-def name(request):
+def taps_of_a_detector(name):
+    """What a user chooses for a detector where a method's own taps are an encoder's or a segmenter's.
+
+    For `student_tap` and `teacher_tap` a level of the pyramid, or of the class scores instead of logits; for
+    `student_taps` and `teacher_taps` as many levels as the method reads by default.
+    """
+    method = vars(kdlvfm.distillers)[node_of(name)["_target_"].rsplit(".", 2)[1]]
+    taps = {}
+    for argument, parameter in inspect.signature(method).parameters.items():
+        default = parameter.default
+        if argument in ("student_tap", "teacher_tap"):
+            taps[argument] = "cls.1" if default == "logits" else "fpn.1"
+        elif argument in ("student_taps", "teacher_taps") and default is not None:
+            taps[argument] = [f"fpn.{i}" for i in range(len(default))]
+    return taps
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request):
     return request.param
 
 
 @pytest.fixture
-def build(name, context):
+def name(case):
+    return case[0]
+
+
+@pytest.fixture
+def detects(case):
+    return case[1] == "detection"
+
+
+@pytest.fixture
+def student(detects, student, detector):
+    return detector if detects else student
+
+
+@pytest.fixture
+def teacher(detects, teacher, detector_teacher):
+    return detector_teacher if detects else teacher
+
+
+@pytest.fixture
+def task(detects, task, detection_task):
+    return detection_task if detects else task
+
+
+@pytest.fixture
+def batch(detects, batch, detection_batch):
+    return detection_batch if detects else batch
+
+
+@pytest.fixture
+def target(task, batch):
+    return task.unpack(batch)[1]
+
+
+@pytest.fixture
+def nothing(detects, target):
+    """The target of images without labels."""
+    if not detects:
+        return torch.full_like(target, -1)
+    return [{**image, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for image in target]
+
+
+@pytest.fixture
+def node(name, detects):
+    return {**node_of(name), **(taps_of_a_detector(name) if detects else {})}
+
+
+@pytest.fixture
+def build(node, context):
     """A factory of distillers with their own initial weights."""
 
     def make(seed=0):
         torch.manual_seed(seed)
-        distiller = instantiate(node_of(name))(context)
+        distiller = instantiate(node)(context)
         assert isinstance(distiller, Distiller)
         return distiller
 
@@ -75,8 +144,7 @@ def backward(terms):
 
 
 def test_the_files_are_found():
-    assert BASELINE in NAMES
-    assert len(NAMES) > 1
+    assert {(BASELINE, "segmentation"), (BASELINE, "detection")} < set(CASES)
 
 
 def test_taps_are_names_that_the_networks_have(build, student, teacher):
@@ -87,41 +155,41 @@ def test_taps_are_names_that_the_networks_have(build, student, teacher):
             model.tap_info(tap)
 
 
-def test_plain_tensors_give_finite_named_scalars(name, build, seen, batch):
+def test_plain_tensors_give_finite_named_scalars(name, build, seen, target, nothing):
     distiller = build()
-    for target in (batch["mask"], torch.full_like(batch["mask"], -1)):
-        terms = distiller(*seen(distiller), target)
+    for labels in (target, nothing):
+        terms = distiller(*seen(distiller), labels)
         check(terms)
         assert bool(terms) == (name != BASELINE)
 
 
-def test_gradient_reaches_what_is_read_of_the_student_and_nothing_of_the_teacher(name, build, seen, batch):
+def test_gradient_reaches_what_is_read_of_the_student_and_nothing_of_the_teacher(name, build, seen, target):
     distiller = build()
     from_student, from_teacher = seen(distiller)
-    backward(distiller(from_student, from_teacher, batch["mask"]))
+    backward(distiller(from_student, from_teacher, target))
     assert all(value.grad is None for value in from_teacher.values())
     reached = [value.grad for value in from_student.values() if value.grad is not None]
     assert all(grad.isfinite().all() for grad in reached)
     assert any((grad != 0).any() for grad in reached) == (name != BASELINE)
 
 
-def test_inputs_are_left_as_they_were(build, seen, batch):
+def test_inputs_are_left_as_they_were(build, seen, target):
     distiller = build()
     features = seen(distiller)
     before = copy.deepcopy([{tap: value.detach() for tap, value in half.items()} for half in features])
-    mask = batch["mask"].clone()
-    distiller(*features, batch["mask"])
-    assert torch.equal(mask, batch["mask"])
+    labels = copy.deepcopy(target)
+    distiller(*features, target)
+    torch.testing.assert_close(target, labels, rtol=0, atol=0)
     for half, kept in zip(features, before, strict=True):
         assert all(torch.equal(half[tap], kept[tap]) for tap in kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_under_autocast(build, seen, batch, dtype):
+def test_half_precision_under_autocast(build, seen, target, dtype):
     distiller = build()
     from_student, from_teacher = seen(distiller, dtype)
     with torch.autocast("cpu", dtype=dtype):
-        terms = distiller(from_student, from_teacher, batch["mask"])
+        terms = distiller(from_student, from_teacher, target)
     check(terms)
     backward(terms)
     reached = [*from_student.values(), *distiller.parameters()]
@@ -136,10 +204,10 @@ def test_whole_step_under_autocast(build, make_step):
             backward(update.terms)
 
 
-def test_distillation_moves_the_student_by_itself(name, build, student, teacher, batch):
+def test_distillation_moves_the_student_by_itself(name, build, student, teacher, batch, target):
     distiller = build()
     features = student(batch["image"], distiller.student_taps)
-    backward(distiller(features, teacher(batch["image"], distiller.teacher_taps), batch["mask"]))
+    backward(distiller(features, teacher(batch["image"], distiller.teacher_taps), target))
     gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
     assert all(grad.isfinite().all() for grad in gradients)
     assert any((grad != 0).any() for grad in gradients) == (name != BASELINE)
@@ -181,7 +249,7 @@ def test_steps_are_taken_and_touch_nothing_of_the_teacher(build, make_step, stud
     assert not any(module.training for module in teacher.model.modules())
 
 
-def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_step, batch, tmp_path: Path):
+def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_step, target, tmp_path: Path):
     first, second = build(seed=0), build(seed=1)
     for update in first.updates(make_step()):
         backward(update.terms)
@@ -194,11 +262,11 @@ def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_s
     results = []
     for distiller in (first, second):
         torch.manual_seed(5)
-        results.append(distiller(*seen(distiller), batch["mask"]))
+        results.append(distiller(*seen(distiller), target))
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][term], results[1][term]) for term in results[0])
 
 
-def test_a_wrong_argument_is_refused(name, context):
+def test_a_wrong_argument_is_refused(node, context):
     with pytest.raises(TypeError, match="no_such_argument"):
-        instantiate({**node_of(name), "no_such_argument": 1})(context)
+        instantiate({**node, "no_such_argument": 1})(context)

@@ -219,3 +219,35 @@ def test_levels_must_be_equally_many_and_not_none_at_all():
     for dims, taps, found in (([3], ["map.0", "map.1"], "1 dims, 2 taps"), ([], [], "0 dims, 0 taps")):
         with pytest.raises(ValueError, match=f"each level needs one of these, .*: {found}"):
             align.check_levels(dims=dims, taps=taps)
+
+
+def test_align_scale_against_numpy():
+    student, teacher = (
+        3 * torch.randn(2, 3, 4, 5, dtype=torch.float64) + 7,
+        torch.randn(1, 3, 2, 2, dtype=torch.float64),
+    )
+    got = align.align_scale(student, teacher).numpy()
+    for c in range(3):
+        own, goal = student[:, c].numpy(), teacher[:, c].numpy()
+        np.testing.assert_allclose(got[:, c], (own - own.mean()) / own.std() * goal.std() + goal.mean(), rtol=1e-9)
+        np.testing.assert_allclose([got[:, c].mean(), got[:, c].std()], [goal.mean(), goal.std()], rtol=1e-9)
+
+
+def test_align_scale_forgets_a_positive_affine_change_of_the_student_and_keeps_the_teacher_out():
+    student = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    expected = align.align_scale(student, teacher)
+    assert not expected.requires_grad
+    torch.testing.assert_close(align.align_scale(5 * student - 2, teacher), expected)
+    torch.testing.assert_close(align.align_scale(teacher.detach() / 3 + 1, teacher), teacher.detach())
+
+
+def test_align_scale_of_a_constant_map_is_the_teachers_mean():
+    got = align.align_scale(torch.full((1, 2, 3, 3), 1e4, dtype=torch.bfloat16), torch.randn(1, 2, 3, 3).bfloat16())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, got[..., :1, :1].expand_as(got), rtol=0, atol=0)
+
+
+def test_align_scale_needs_one_number_of_channels():
+    with pytest.raises(ValueError, match=r"channels must agree, not 3 \(student\) and 4 \(teacher\)"):
+        align.align_scale(torch.rand(1, 3, 2, 2), torch.rand(1, 4, 2, 2))

@@ -139,3 +139,17 @@ def test_without_a_teacher(make_step):
 def test_nothing_happens_before_an_update_is_asked_for(make_step, student):
     Silent().updates(make_step())
     assert student.calls == []
+
+
+def test_the_tasks_loss_is_computed_unless_it_was_seen(make_step, student):
+    step = make_step()
+    features = step.student_features(["logits"])
+    computed = step.task_loss(features)
+    assert list(computed) == ["cross_entropy"]
+    step.seen.task.update(cross_entropy=torch.tensor(7.0))
+    found = step.task_loss(features)
+    assert found == {"cross_entropy": torch.tensor(7.0)}
+    found.clear()
+    assert step.seen.task
+    (update,) = Regress(8, 7).updates(step)
+    assert update.terms["cross_entropy"] == 7

@@ -3,7 +3,8 @@
 
 import pytest
 
-from kdlvfm.core import TapError, TapInfo, resolve_tap
+from kdlvfm.core import FeatureModel, TapError, TapInfo, resolve_tap
+from kdlvfm.core.features import level_taps
 
 TAPS = {
     "map.0": TapInfo(64, 2),
@@ -55,3 +56,21 @@ def test_tap_info_needs_no_forward_pass(toy_model):
         model.tap_info("logits")
     with pytest.raises(ValueError, match=r"toy has no tap 'map\.7'"):
         model.tap_info("map.7")
+
+
+def test_a_model_without_a_head_says_so(toy_model):
+    model = toy_model(num_classes=0)
+    assert FeatureModel.head_taps == model.head_taps == ()
+    with pytest.raises(TapError, match="toy has no head"):
+        FeatureModel.apply_head(model, {}, (8, 8))
+
+
+def test_levels_of_a_detector_in_order(detector):
+    assert level_taps(detector, "fpn") == ("fpn.0", "fpn.1", "fpn.2")
+    assert level_taps(detector, "cls") == ("cls.0", "cls.1", "cls.2")
+    assert level_taps(detector, "cls_mid") == ("cls_mid.0", "cls_mid.1", "cls_mid.2")
+
+
+def test_a_network_without_levels_says_what_it_has(student):
+    with pytest.raises(TapError, match=r"toy has no taps 'fpn\.<i>', which are a detector's\. It has: map\.0, "):
+        level_taps(student, "fpn")

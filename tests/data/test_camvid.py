@@ -13,8 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.camvid import CamVid
-from kdlvfm.data.segmentation import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COUNTS = {"train": 16, "val": 3, "test": 2}

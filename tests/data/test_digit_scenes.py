@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.digit_scenes import SPLITS, DigitScenes, SceneGenerator, _material
-from kdlvfm.data.segmentation import DataError
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.folder import Folder
-from kdlvfm.data.segmentation import DataError
 from kdlvfm.data.transforms import Augmentation
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdlvfm.data import segmentation as module
-from kdlvfm.data.segmentation import DataError, SegmentationData
+from kdlvfm.data import base as module
+from kdlvfm.data.base import DataError
+from kdlvfm.data.segmentation import SegmentationData
 from kdlvfm.data.transforms import Augmentation
 
 

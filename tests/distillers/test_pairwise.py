@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairwise against loops over pairs of positions, a worked example and the properties of the formula."""
+"""Pairwise against loops over pairs of positions, a worked example, the formula's properties, and the adversary."""
 
 import math
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kdlvfm.core import Context, Teacher
 from kdlvfm.distillers import Pairwise, pairwise_loss
 
 
@@ -159,3 +160,130 @@ def test_student_gets_a_gradient_and_the_teacher_none():
     assert (student.grad != 0).any()
     assert teacher.grad is None
     assert list(distiller.parameters()) == []
+
+
+ADVERSARIAL = {"adversarial_weight": 0.1, "student_tap": "map.1", "teacher_tap": "map.1"}
+
+
+@pytest.fixture
+def adversary(context):
+    """A factory of distillers with a discriminator, built as in a run."""
+
+    def build(**hparams):
+        torch.manual_seed(0)
+        return Pairwise.from_context(context, **ADVERSARIAL, **hparams)
+
+    return build
+
+
+def moving(groups, update):
+    """Take a gradient; the names of the groups that got one that is not 0."""
+    for parameter in (parameter for group in groups.values() for parameter in group):
+        parameter.grad = None
+    torch.stack(list(update.terms.values())).sum().backward()
+    return {name for name, group in groups.items() if any(p.grad is not None and (p.grad != 0).any() for p in group)}
+
+
+def test_without_a_weight_there_is_no_discriminator(context, student, make_step):
+    distiller = Pairwise.from_context(context)
+    assert list(distiller.parameters()) == []
+    assert list(distiller.parameter_groups(student)) == ["student"]
+    (update,) = distiller.updates(make_step())
+    assert list(update.terms) == ["cross_entropy", "pairwise"]
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_discriminator_is_a_second_update_that_leaves_the_student_alone(adversary, student, make_step, condition):
+    distiller = adversary(condition=condition)
+    groups = distiller.parameter_groups(student)
+    assert list(groups) == ["student", "discriminator"]
+    assert {id(p) for p in groups["discriminator"]} == {id(p) for p in distiller.discriminator.parameters()}
+    first, second = distiller.updates(make_step())
+    assert (first.group, second.group) == ("student", "discriminator")
+    assert list(first.terms) == ["cross_entropy", "pairwise", "adversarial"]
+    assert list(first.distillation) == ["pairwise", "adversarial"]
+    assert list(second.terms) == ["discriminator", "gradient_penalty"]
+    assert moving(groups, first) == {"student"}
+    assert all(p.grad is None for p in groups["discriminator"])
+    assert moving(groups, second) == {"discriminator"}
+    assert all(p.grad is None for p in groups["student"])
+
+
+def test_the_terms_are_the_mean_scores_of_the_logits(adversary, student, teacher, make_step, batch):
+    distiller = adversary(penalty_weight=0.0).eval()  # without a power iteration at each call
+    first, second = distiller.updates(make_step())
+    assert list(second.terms) == ["discriminator"]
+    scores = {}
+    small = F.interpolate(batch["image"], size=(64, 64), mode="bilinear")
+    for name, model in (("student", student), ("teacher", teacher)):
+        logits = model(batch["image"], ("logits",))["logits"]
+        judged = F.interpolate(logits, size=(64, 64), mode="bilinear")
+        scores[name] = distiller.discriminator(torch.cat([judged, small], dim=1)).mean()
+    torch.testing.assert_close(first.terms["adversarial"], -0.1 * scores["student"])
+    torch.testing.assert_close(second.terms["discriminator"], scores["student"] - scores["teacher"])
+
+
+def test_the_student_learns_to_pass_and_the_discriminator_to_tell(adversary, student, make_step):
+    distiller = adversary()
+    groups = distiller.parameter_groups(student)
+    gap = []
+    for _ in range(10):
+        _, update = distiller.updates(make_step())
+        moving(groups, update)
+        with torch.no_grad():
+            for parameter in groups["discriminator"]:
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        gap.append(update.terms["discriminator"].item())
+    assert gap[-1] < gap[0] - 0.1
+    before, _ = distiller.updates(make_step())
+    term = before.terms["adversarial"]
+    gradient = torch.autograd.grad(term, groups["student"], allow_unused=True)
+    with torch.no_grad():
+        for parameter, slope in zip(groups["student"], gradient, strict=True):
+            if slope is not None:
+                parameter -= 0.5 * slope
+    after, _ = distiller.updates(make_step())
+    assert after.terms["adversarial"] < term
+
+
+def test_features_are_judged_where_the_teacher_has_no_logits(adversary, toy_model, student, task, make_step):
+    teacher = Teacher(toy_model(dims=(7, 9, 12), strides=(4, 1, 1), num_classes=0))
+    context = Context(student, teacher, task, num_classes=5, num_samples=12)
+    with pytest.raises(ValueError, match="no tap 'logits'"):
+        Pairwise.from_context(context, **ADVERSARIAL)
+    judged = {"judged_student_tap": "map.2", "judged_teacher_tap": "map.2", "judged_target": "standardize"}
+    distiller = Pairwise.from_context(context, **ADVERSARIAL, **judged)
+    groups = distiller.parameter_groups(student)
+    assert distiller.student_taps == distiller.teacher_taps == ("map.1", "map.2")
+    first, second = distiller.updates(make_step(teacher=teacher))
+    assert moving(groups, first) == {"student"}
+    (projector,) = (m for m in distiller.judged.modules() if isinstance(m, torch.nn.Conv2d))
+    assert (projector.weight.grad != 0).any()
+    assert moving(groups, second) == {"discriminator"}
+
+
+def test_one_map_may_be_compared_and_judged(adversary, student, make_step):
+    distiller = adversary(judged_student_tap="map.1", judged_teacher_tap="map.1")
+    assert distiller.student_taps == distiller.teacher_taps == ("map.1",)
+    groups = distiller.parameter_groups(student)
+    assert [moving(groups, update) for update in distiller.updates(make_step())] == [{"student"}, {"discriminator"}]
+
+
+def test_whole_step_under_autocast(adversary, student, make_step):
+    distiller = adversary()
+    groups = distiller.parameter_groups(student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for update in distiller.updates(make_step()):
+            assert all(term.isfinite() and term.dtype == torch.float32 for term in update.terms.values())
+            assert moving(groups, update) == {update.group}
+            assert all(p.grad is None or p.grad.isfinite().all() for p in groups[update.group])
+
+
+def test_bad_weights_and_missing_channels_are_refused():
+    with pytest.raises(ValueError, match="judged_student_dim"):
+        Pairwise(adversarial_weight=0.1)
+    with pytest.raises(ValueError, match="must not be negative: -1"):
+        Pairwise(adversarial_weight=-1)
+    with pytest.raises(ValueError, match=r"must not be negative: 0\.0, -2"):
+        Pairwise(penalty_weight=-2)

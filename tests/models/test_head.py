@@ -95,6 +95,17 @@ def test_state_round_trip_and_module_taps():
     assert first.card.name == "resnet18.a1_in1k-linear"
 
 
+@pytest.mark.parametrize("head", ["linear", "pyramid"])
+def test_the_head_on_the_models_own_map_gives_its_logits(head):
+    model = EncoderHead(vit(), 5, head, channels=32).eval()
+    with torch.no_grad():
+        features = model(torch.rand(2, 3, 75, 101), ["decoder", "logits"])
+        assert model.head_taps == ("decoder",)
+        assert torch.equal(model.apply_head(features, (75, 101))["logits"], features["logits"])
+        other = torch.rand(1, model.tap_info("decoder").dim, 3, 7)
+        assert model.apply_head({"decoder": other}, (40, 60))["logits"].shape == (1, 5, 40, 60)
+
+
 def test_bad_arguments():
     with pytest.raises(TapError, match=r"map\.9"):
         EncoderHead(resnet(), 3, tap="map.9")

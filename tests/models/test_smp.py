@@ -111,3 +111,18 @@ def test_every_parameter_of_the_path_to_the_logits_gets_a_gradient():
     model = build("resnet18", "deeplabv3plus").train()
     model(torch.rand(2, 3, 64, 64), ["logits"])["logits"].square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "decoder", "options", "strides", "stride"), CASES)
+def test_the_head_on_the_models_own_map_gives_its_logits(name, decoder, options, strides, stride):
+    model = build(name, decoder, decoder_kwargs=options)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        features = model(images, ["decoder", "logits"])
+        assert model.head_taps == ("decoder",)
+        applied = model.apply_head(features, (64, 96))
+        assert list(applied) == ["logits"]
+        torch.testing.assert_close(applied["logits"], features["logits"])
+        for grid, size in (((4, 6), (64, 96)), ((5, 7), (75, 101)), ((90, 90), (33, 130))):
+            other = torch.rand(1, model.tap_info("decoder").dim, *grid)
+            assert model.apply_head({"decoder": other}, size)["logits"].shape == (1, 11, *size)

@@ -143,6 +143,18 @@ def test_variants_of_a_distiller_are_told_apart_by_what_differs(make_record):
     assert [row.runs for row in only_block(records).rows[1:]] == [{"finished": 2}, {"finished": 2}]
 
 
+def test_variants_of_a_composite_are_told_apart_as_one_sets_them(make_record):
+    records = [
+        make_record("kd+cwd", settings={"parts": {"kd": {"method": "KD"}, "cwd": {"method": "CWD", **own}}, **weights})
+        for own, weights in (({}, {}), ({"loss_weight": 5}, {}), ({}, {"weights": {"kd": {"share": 0.1}}}))
+    ]
+    assert [row.method for row in only_block(records).rows[1:]] == [
+        "kd+cwd",
+        "kd+cwd parts.cwd.loss_weight=5",
+        "kd+cwd weights.kd.share=0.1",
+    ]
+
+
 def test_seeds_on_other_data_are_not_paired(study):
     (kd,) = [record for record in study if (record["distiller"]["name"], record["seed"]) == ("kd", 1)]
     kd["data"] = {**kd["data"], "split_hash": "other"}

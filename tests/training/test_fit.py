@@ -40,9 +40,9 @@ class Crashing(Segmentation):
         self._count("loss")
         return super().loss(student, features, target)
 
-    def predict(self, features):
+    def predict(self, student, features, target):
         self._count("predict")
-        return super().predict(features)
+        return super().predict(student, features, target)
 
 
 class Alternating(Distiller):

@@ -47,7 +47,7 @@ class TwoGroups(Distiller):
     def updates(self, step):
         group = self._turns[step.batch % len(self._turns)]
         yield Update(self(step.student(step.images, ["logits"]), {}, step.target), group)
-        self.seen.append(((step.epoch, step.batch), self.bias.detach().clone()))
+        self.seen.append(((step.epoch, step.batch, step.number), self.bias.detach().clone()))
 
 
 class TwiceABatch(TwoGroups):
@@ -144,7 +144,7 @@ def test_an_update_moves_its_own_group_only(make_module, make_data, run_fit, wei
 def test_a_phase_sees_epoch_and_batch_and_code_after_the_yield_sees_the_step_taken(make_module, make_data, run_fit):
     distiller = TwoGroups(turns=("bias", "student"))
     run_fit(make_module(steps=5, distiller=distiller), make_data(steps=5))
-    assert [place for place, _ in distiller.seen] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [place for place, _ in distiller.seen] == [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 3), (1, 1, 4)]
     biases = [bias for _, bias in distiller.seen]
     assert biases[0].any()
     assert torch.equal(biases[0], biases[1])

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several distillers in one run: `distiller=kd+cwd` and what it is short for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kdlvfm.cli import CommandError
+
+PART = "distiller@distiller.parts."
+_PLAIN = "compose"
+_AT, _COLON = "_at_", "\\:"
+
+Defaults = Callable[[str], Mapping[str, str]]
+"""Name of a distiller's YAML file -> the parts that it names itself, part -> method; none if it takes none."""
+
+
+def names_in(choice: str) -> list[str]:
+    """What a choice is made of: `kd` of kd, `kd+cwd` of compose, kd and cwd, `sckd:kd+cwd` of sckd, kd and cwd."""
+    wrapper, colon, parts = choice.rpartition(":")
+    if colon:
+        return [wrapper, *parts.split("+")]
+    return [_PLAIN, *parts.split("+")] if "+" in parts else [choice]
+
+
+def check_composite(choice: str, defaults: Defaults) -> None:
+    """Raise for a choice whose names exist and do not fit together.
+
+    Raises:
+        CommandError: the wrapper takes no parts, or two parts have one name.
+    """
+    wrapper, *parts = names_in(choice)
+    if parts and not defaults(wrapper):
+        raise CommandError(f"{choice}: {wrapper} takes no parts; write sckd:kd+cwd, or kd+cwd for a weighted sum.")
+    twice = sorted({part for part in parts if parts.count(part) > 1})
+    if twice:
+        raise CommandError(
+            f"{choice} has {twice[0]} twice: give the parts names, distiller={wrapper} {PART}a={twice[0]} "
+            f"{PART}b={twice[0]}, and set distiller.parts.a.student_tap=... and so on."
+        )
+
+
+def expanded(overrides: Sequence[str], defaults: Defaults) -> list[str]:
+    """The overrides with `distiller=kd+cwd` written out, and with parts that are named in the place of the YAML file's.
+
+    Raises:
+        CommandError: parts are named for a distiller that takes none.
+    """
+    wrapper = None
+    written = []
+    for override in overrides:
+        choice = override.removeprefix("distiller=")
+        if choice == override or "," in choice:  # a list is for a sweep; elsewhere Hydra refuses it
+            written.append(override)
+        else:
+            wrapper, *parts = names_in(choice)
+            written += [f"distiller={wrapper}", *(f"{PART}{part}={part}" for part in parts)]
+    own = {} if wrapper is None else defaults(wrapper)
+    named = [_part(override) for override in written if override.startswith(PART)]
+    if named and wrapper is not None and not own:
+        raise CommandError(f"{wrapper} takes no parts, and {PART}{named[0]} is one: choose distiller=compose or sckd.")
+    added = [f"+{o}" if o.startswith(PART) and _part(o) not in own else o for o in written]
+    return [*added, *(f"~{PART}{part}" for part in own if named and part not in named)]
+
+
+def _part(override: str) -> str:
+    return override.removeprefix("+").partition("=")[0].removeprefix(PART)
+
+
+def in_order(parts: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Parts as the expanded overrides name them: Hydra puts those of the YAML file first."""
+    named = [_part(override) for override in overrides if override.removeprefix("+").startswith(PART)]
+    return {part: parts[part] for part in sorted(parts, key=lambda part: named.index(part) if part in named else -1)}
+
+
+def name_of(wrapper: str, methods: Sequence[str]) -> str:
+    """The name of a method in run folders and tables: the shortest choice that makes it of these parts."""
+    joined = "+".join(methods)
+    return joined if wrapper == _PLAIN and len(methods) > 1 else f"{wrapper}:{joined}"
+
+
+def hidden(override: str) -> str:
+    """For a sweep, where Hydra combines choices of distillers and need not know what they mean: a value like others."""
+    key, equals, value = override.partition("=")
+    if key != "distiller" and not key.startswith(PART):
+        return override
+    return f"++hidden.{key.replace('@', _AT)}{equals}{value}"
+
+
+def shown(override: str) -> str:
+    """The override that `hidden` made so, as Hydra hands it on without its plus signs: it escapes colons."""
+    key, equals, value = override.partition("=")
+    if not key.startswith("hidden."):
+        return override
+    return f"{key.removeprefix('hidden.').replace(_AT, '@')}{equals}{value.replace(_COLON, ':')}"

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How alike the features of two networks are, whatever their dimensions and their sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdlvfm.core.align import promote, resize_map
+
+
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Linear centred kernel alignment of two sets of features of the same samples.
+
+    .. math::
+        \mathrm{CKA} = \frac{\langle K, L \rangle_F}{\|K\|_F \|L\|_F}
+                     = \frac{\|X^\top Y\|_F^2}{\|X^\top X\|_F \|Y^\top Y\|_F}, \quad K = X X^\top, \; L = Y Y^\top
+
+    with X (N, D_S) and Y (N, D_T) the features, their mean over samples subtracted. The smaller of the two forms is
+    computed. A positive scale, an offset and a rotation of either side change nothing.
+
+    Args:
+        student: (N, ...): N samples; the rest is flattened.
+        teacher: (N, ...): the same samples, of any dimension; receives no gradient.
+
+    Returns:
+        A scalar from 0 to 1: 1 for equal features, and for any two samples; 0 where all samples of a side are equal.
+
+    Raises:
+        ValueError: the numbers of samples differ.
+
+    Source:
+        Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019.
+    """
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"both need the same samples, not {len(student)} (student) and {len(teacher)} (teacher).")
+    x, y = _centred(promote(student).flatten(1)), _centred(promote(teacher.detach()).flatten(1))
+    with torch.autocast(x.device.type, enabled=False):
+        if x.shape[0] <= max(x.shape[1], y.shape[1]):
+            first, second = x @ x.T, y @ y.T
+            shared = (first * second).sum()
+        else:
+            first, second = x.T @ x, y.T @ y
+            shared = (x.T @ y).square().sum()
+        similarity: Tensor = shared / (first.norm() * second.norm()).clamp(min=1e-12)
+    return similarity
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Rows of (N, D) without their mean, of norm 1 together; 0 where the rows differ by no more than rounding."""
+    deviation = x - x.mean(0)
+    norm = deviation.norm()
+    unit = deviation / norm.clamp(min=1e-12)
+    return torch.where(norm > 1e-6 * x.norm(), unit, torch.zeros_like(unit))
+
+
+@torch.no_grad()
+def tap_cka(student: Tensor, teacher: Tensor, samples: int = 1024) -> Tensor | None:
+    """`cka` of what two taps yield for the same images.
+
+    The samples are positions where both are maps, the larger one resized to the grid of the smaller, or both are tokens
+    of one number. Of more than `samples` of them some are compared, spread over the batch and always the same ones.
+    Anything else is compared by one vector for each image, maps and tokens by their mean.
+
+    Args:
+        student: (B, C, H, W), (B, N, C) or (B, C).
+        teacher: one of these, of any dimension and size.
+        samples: most samples compared.
+
+    Returns:
+        A scalar from 0 to 1; `None` of fewer than three samples, of which CKA is always 1, or where the images are not
+        equally many. Of few samples in many dimensions it is high for any two networks.
+    """
+    if student.dim() == teacher.dim() == 4:
+        size = [min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+        student, teacher = (resize_map(x, size).flatten(2).mT for x in (student, teacher))
+    if student.dim() == teacher.dim() == 3 and student.shape[:2] == teacher.shape[:2]:
+        image, position = _spread(student.shape[0], student.shape[1], samples)
+        student, teacher = (x[image.to(x.device), position.to(x.device)] for x in (student, teacher))
+    else:
+        student, teacher = _pooled(student), _pooled(teacher)
+    if len(student) != len(teacher) or len(student) < 3:
+        return None
+    return cka(student, teacher)
+
+
+def _spread(images: int, positions: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Image and position of at most `samples` places: one drawn from each of as many equal parts of the batch."""
+    places = images * positions
+    if places <= samples:
+        flat = torch.arange(places)
+    else:
+        # Drawn, since places in equal steps may all lie in a few columns; from a generator of its own, since nothing
+        # that is random in the run may depend on it.
+        offset = torch.rand(samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        flat = ((torch.arange(samples) + offset) * (places / samples)).long()
+    return flat // positions, flat % positions
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """One vector for each image."""
+    return x.flatten(2).mean(2) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x.flatten(1)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DigitScenes with boxes: the same scenes, for detection of the ten digits."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from kdlvfm.data.base import DataError
+from kdlvfm.data.boxes import Sample, make_boxes
+from kdlvfm.data.detection import DetectionData, Samples
+from kdlvfm.data.digit_scenes import DigitScenes, SceneGenerator, Split
+
+
+class DigitScenesBoxes(DetectionData):
+    """Detection of the digits in DigitScenes: ten classes, a box around what can be seen of each digit.
+
+    Args:
+        size: side of the square scenes in pixels.
+        train: training scenes.
+        val: validation scenes.
+        test: test scenes.
+        scenes_seed: seed of the scenes themselves; the run's `seed` orders and augments them, so that runs of different
+            seeds are trained and measured on the same data.
+        **loading: see `DetectionData`.
+
+    Raises:
+        DataError: no scene in a split, or scenes too small.
+    """
+
+    name = "DigitScenes boxes"
+    class_names = DigitScenes.class_names[1:]
+    palette = DigitScenes.palette[1:]
+    licence = DigitScenes.licence
+
+    def __init__(
+        self,
+        *,
+        size: int = 128,
+        train: int = 1000,
+        val: int = 200,
+        test: int = 400,
+        scenes_seed: int = 0,
+        **loading: Any,
+    ) -> None:
+        super().__init__(**loading)
+        self._scenes: dict[str, _Scenes] = {}
+        for split, count in (("train", train), ("val", val), ("test", test)):
+            if count < 1:
+                raise DataError(f"{split}={count} scenes: choose at least 1.")
+        self._scenes = {
+            "train": _Scenes("train", size, scenes_seed, train),
+            "val": _Scenes("val", size, scenes_seed, val),
+            "test": _Scenes("test", size, scenes_seed, test),
+        }
+
+    def samples(self, split: str) -> Samples:
+        """Scenes of a split."""
+        return self._scenes[split]
+
+    def split_hash(self) -> str:
+        """SHA-256 of the first scene of each split, pixel by pixel, and of the number of scenes in each."""
+        digest = hashlib.sha256(repr(self.counts()).encode())
+        for scenes in self._scenes.values():
+            image, boxes = scenes[0]
+            digest.update(image.numpy().tobytes() + boxes.corners.numpy().tobytes() + boxes.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Scenes:
+    """The first `count` scenes of a generator, as tensors."""
+
+    def __init__(self, split: Split, size: int, seed: int, count: int) -> None:
+        self._generator = SceneGenerator(split, size=size, seed=seed)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int, /) -> Sample:
+        scene = self._generator.scene(index)
+        boxes = make_boxes(scene.boxes.tolist(), (scene.labels - 1).tolist())
+        return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), boxes
