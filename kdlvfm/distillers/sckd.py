@@ -65,9 +65,10 @@ class SCKD(Compose):
         parts: the distillers, by the names that their terms and groups begin with.
         weights: of the parts, see `Compose`.
         threshold: φ: a gate is open if the cosine is at least this; 0 in the paper.
-        at: where gradients are compared: with `None` at all parameters of the student, which costs a backward pass for
-            the task and one for each term, or at a tap of the student, which costs a part of each. The tap must be one
-            that the task's loss and every term depend on, such as `map.-1` if no part reads an earlier map.
+        at: where gradients are compared: at a tap of the student, which costs a part of a backward pass for the task
+            and for each term, or with `None` at all its parameters, as in the paper, which costs whole ones. The tap
+            must be one that the task's loss and every term depend on: an earlier one than the last map if a part reads
+            that.
         calibrate_every: see `Compose`.
 
     Raises:
@@ -76,7 +77,7 @@ class SCKD(Compose):
     Example:
         >>> import torch
         >>> from kdlvfm.distillers import CWD, KD
-        >>> gated = SCKD({"kd": KD(), "cwd": CWD()}, at="map.-1")
+        >>> gated = SCKD({"kd": KD(), "cwd": CWD()})
         >>> gated.student_taps
         ('logits', 'map.-1')
     """
@@ -87,7 +88,7 @@ class SCKD(Compose):
         weights: Mapping[str, float | Weight | Mapping[str, Any]] = MappingProxyType({}),
         *,
         threshold: float = 0.0,
-        at: str | None = None,
+        at: str | None = "map.-1",
         calibrate_every: int = 50,
     ) -> None:
         super().__init__(parts, weights, calibrate_every=calibrate_every, at=at)

@@ -161,6 +161,7 @@ def test_mistakes_end_with_one_line(overrides, words, kdlvfm, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_tap_that_a_term_does_not_depend_on_fails_the_run_with_advice(kdlvfm, tmp_path):
     out = tmp_path / "run"
     early = ("distiller=sckd:kd+fitnet", "distiller.parts.fitnet.student_tap=map.1", "distiller.at=map.-1")

@@ -128,3 +128,19 @@ def test_building_leaves_no_trace(capfd):
     MMDetModel(GFL, CLASSES, encoder(), changes=NARROW)
     assert DefaultScope.get_current_instance() is before
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("kdlvfm.models.mmdet_build.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'kdlvfm\[mmdet\]'") as caught:
+        MMDetModel(GFL, CLASSES, encoder(), changes=NARROW)
+    assert caught.value.name == "mmdet"
+
+
+def test_a_missing_library_of_the_system_is_named_with_its_package(monkeypatch):
+    def fail():
+        raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr("kdlvfm.models.mmdet_build.provide_operators", fail)
+    with pytest.raises(OSError, match=r"libGL\.so\.1.*apt-get install libgl1 libglib2\.0-0"):
+        MMDetModel(GFL, CLASSES, encoder(), changes=NARROW)

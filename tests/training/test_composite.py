@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A composite with everything that a checkpoint must hold: calibration, schedules, phases and a second group."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ class Biased(Distiller):
             yield Update(self({"logits": logits}, {}, step.target), "bias")
 
 
-@pytest.fixture(params=[Compose, SCKD])
+@pytest.fixture(params=[Compose, partial(SCKD, at=None)], ids=["compose", "sckd"])
 def run_once(request, make_module, make_data, make_plan, small_net, run_fit):
     def run(folder, task=None, **settings):
         module = make_module(
