@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: more of them on few shared cores get in each other's way.
 export OMP_NUM_THREADS := 1
+# A file of tests at a time in each process, one process for each core.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-fast check teacher clean help
 
@@ -14,10 +16,10 @@ demo: .venv/installed ## baseline and three distillers on DigitScenes: table and
 	@$(BIN)/kdlvfm demo --seeds $(SEEDS)
 
 test: .venv/installed-dev ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: .venv/installed-dev ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 check: .venv/installed-dev ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

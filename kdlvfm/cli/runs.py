@@ -54,7 +54,16 @@ def load_student(folder: Path, record: Record) -> FeatureModel:
     check_targets(node, folder / "record.json")
     student = build_student(node, len(record["data"]["classes"]))
     try:
-        load_model(student.net, weights)
+        try:
+            load_model(student.net, weights)
+        except RuntimeError:
+            # A file of weights with another number of classes than timm's left the encoder without its classifier.
+            if not isinstance(node.get("encoder"), Mapping):
+                raise
+            kwargs = {**(node["encoder"].get("model_kwargs") or {}), "num_classes": 0}
+            node = {**node, "encoder": {**node["encoder"], "model_kwargs": kwargs}}
+            student = build_student(node, len(record["data"]["classes"]))
+            load_model(student.net, weights)
     except (RuntimeError, SafetensorError) as error:
         raise CommandError(f"{weights} does not fit the student that the record describes: {error}") from error
     student.card = replace(

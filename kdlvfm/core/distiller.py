@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
-from typing_extensions import Self
 
 from kdlvfm.core.features import FeatureModel, Features
 from kdlvfm.core.task import Task
@@ -191,7 +190,7 @@ class Distiller(nn.Module, ABC):
     moves_subsets: bool = False
 
     @classmethod
-    def from_context(cls, context: Context, **hparams: Any) -> Self:
+    def from_context(cls, context: Context, **hparams: Any) -> Distiller:
         """Build inside a run. Override where dimensions must be read from `context`."""
         del context
         return cls(**hparams)

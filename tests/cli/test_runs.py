@@ -2,6 +2,9 @@
 import json
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
 
 from kdlvfm.cli.build import build_data, build_task
 from kdlvfm.cli.runs import load_student, read_run, without_weights
@@ -16,6 +19,18 @@ def test_a_student_comes_back_as_it_was_measured(head):
     task = build_task(record["config"], data)
     assert evaluate(student, data.test_dataloader(), task) == record["metrics"]["test"]
     assert evaluate(student, data.val_dataloader(), task) == record["metrics"]["val"]
+
+
+def test_a_student_whose_encoder_came_from_a_file_with_other_classes_comes_back(train, tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=7).state_dict(), weights)
+    encoder = ("student.encoder.name=test_vit", f"student.encoder.checkpoint={weights}")
+    ended = train("distiller=none", "recipe.steps=1", *encoder, f"out={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    student = load_student(tmp_path / "run", read_run(tmp_path / "run"))
+    saved = load_file(tmp_path / "run" / "student.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in student.net.state_dict().items())
 
 
 def test_without_weights_reaches_every_level_and_changes_nothing_else():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlvfm.core import FeatureModel, ModelCard, TapInfo, Teacher
+from kdlvfm.core import Distiller, FeatureModel, ModelCard, TapInfo, Teacher
 from kdlvfm.data.segmentation import SegmentationData
 from kdlvfm.distillers import KD
 from kdlvfm.tasks.segmentation import Segmentation
@@ -126,3 +126,25 @@ def weights_of():
         return {name: value.detach().clone() for name, value in module.student.state_dict().items()}
 
     return weights
+
+
+class Logits(Distiller):
+    """What its function makes of the logits, of a weight of its own, and of the number of the call."""
+
+    student_taps = teacher_taps = ("logits",)
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+        self._function = function
+        self.calls = 0
+
+    def forward(self, student, teacher, target=None):
+        self.calls += 1
+        return self._function(self.weight * student["logits"], teacher["logits"], self.calls)
+
+
+@pytest.fixture
+def logits_distiller():
+    """The class."""
+    return Logits

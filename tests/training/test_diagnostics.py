@@ -13,25 +13,7 @@ from kdlvfm.core import Distiller, Update
 from kdlvfm.core.similarity import tap_cka
 from kdlvfm.distillers import KD, Baseline
 from kdlvfm.distillers.kd import kd_loss
-from kdlvfm.tasks.segmentation import Segmentation
-from kdlvfm.training.dead_terms import DeadTermError
 from kdlvfm.training.diagnostics import Diagnostics, tap_pairs, thin
-
-
-class Logits(Distiller):
-    """What its function makes of the logits, of a weight of its own, and of the number of the call."""
-
-    student_taps = teacher_taps = ("logits",)
-
-    def __init__(self, function):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, 1, 1))
-        self._function = function
-        self.calls = 0
-
-    def forward(self, student, teacher, target=None):
-        self.calls += 1
-        return self._function(self.weight * student["logits"], teacher["logits"], self.calls)
 
 
 def two_terms(student, teacher, call):
@@ -76,8 +58,8 @@ def gradient(loss, module):
     return torch.cat([p.grad.flatten() for p in module.parameters()])
 
 
-def test_norms_and_cosines_are_those_of_full_backward_passes(make_module, make_data, run_fit):
-    module = make_module(steps=1, distiller=Logits(two_terms))
+def test_norms_and_cosines_are_those_of_full_backward_passes(logits_distiller, make_module, make_data, run_fit):
+    module = make_module(steps=1, distiller=logits_distiller(two_terms))
     student, teacher = copy.deepcopy(module.student.net), copy.deepcopy(module.teacher.model.net)
     result = run_fit(module, make_data(steps=1))
 
@@ -122,14 +104,19 @@ def test_a_group_without_the_student_has_norms_of_its_own_and_no_cosine(make_mod
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("method", [KD, lambda: Logits(two_terms), TwoGroups], ids=["kd", "logits", "groups"])
+@pytest.mark.parametrize("method", ["kd", "logits", "groups"])
 def test_a_run_with_diagnostics_has_the_bits_of_one_without(
-    method, accumulate, precision, make_module, make_data, small_net, run_fit
+    logits_distiller, method, accumulate, precision, make_module, make_data, small_net, run_fit
 ):
+    methods = {"kd": KD, "logits": lambda: logits_distiller(two_terms), "groups": TwoGroups}
     ends = []
     for every in (None, 1):
         module = make_module(
-            steps=7, distiller=method(), accumulate=accumulate, student=small_net(dropout=0.3), batches_per_epoch=2
+            steps=7,
+            distiller=methods[method](),
+            accumulate=accumulate,
+            student=small_net(dropout=0.3),
+            batches_per_epoch=2,
         )
         result = run_fit(
             module,
@@ -151,9 +138,11 @@ def test_a_run_with_diagnostics_has_the_bits_of_one_without(
     assert without[2] == diagnosed[2]
 
 
-def test_a_gradient_scaler_is_left_as_it_is_and_norms_are_those_of_single_precision(make_module, make_data, run_fit):
+def test_a_gradient_scaler_is_left_as_it_is_and_norms_are_those_of_single_precision(
+    logits_distiller, make_module, make_data, run_fit
+):
     def run(name, every, **trainer):
-        module = make_module(steps=5, distiller=Logits(two_terms))
+        module = make_module(steps=5, distiller=logits_distiller(two_terms))
         return module, run_fit(module, make_data(steps=5), name, trainer=trainer, diagnose_every=every).diagnostics
 
     found = {
@@ -182,10 +171,10 @@ def test_the_baseline_is_not_looked_at(make_module, make_data, run_fit):
     assert run_fit(module, make_data(steps=3), diagnose_every=1, dead_term_steps=1).diagnostics == []
 
 
-def test_what_is_not_defined_is_none(make_module, make_data, run_fit):
+def test_what_is_not_defined_is_none(logits_distiller, make_module, make_data, run_fit):
     """A term without a gradient has no direction; a network that was not asked has no features."""
 
-    class Deaf(Logits):
+    class Deaf(logits_distiller):
         student_taps = ("logits", "logits")
 
     module = make_module(steps=1, distiller=Deaf(lambda student, teacher, call: {"dead": student.detach().sum()}))
@@ -195,8 +184,8 @@ def test_what_is_not_defined_is_none(make_module, make_data, run_fit):
     assert list(point["cka"]) == ["logits~logits"]
 
 
-def test_a_term_cannot_be_called_task(make_module, make_data, run_fit):
-    module = make_module(steps=1, distiller=Logits(lambda student, teacher, call: {"task": student.mean()}))
+def test_a_term_cannot_be_called_task(logits_distiller, make_module, make_data, run_fit):
+    module = make_module(steps=1, distiller=logits_distiller(lambda student, teacher, call: {"task": student.mean()}))
     with pytest.raises(ValueError, match="a distillation term cannot be called 'task'"):
         run_fit(module, make_data(steps=1))
 
@@ -215,9 +204,9 @@ class Noted(Logger):
         raise NotImplementedError
 
 
-def test_loggers_get_each_look_once(make_module, make_data, run_fit):
+def test_loggers_get_each_look_once(logits_distiller, make_module, make_data, run_fit):
     noted = Noted()
-    module = make_module(steps=6, distiller=Logits(two_terms))
+    module = make_module(steps=6, distiller=logits_distiller(two_terms))
     result = run_fit(module, make_data(steps=6), loggers=[noted], diagnose_every=3)
     rows = [(step, row) for step, row in noted.rows if any(name.startswith("diagnostics/") for name in row)]
     assert [step + 1 for step, _ in rows] == [1, 3, 6]
@@ -225,94 +214,6 @@ def test_loggers_get_each_look_once(make_module, make_data, run_fit):
     names = {f"student/{term}/{fact}" for term in ("task", "square", "kl") for fact in facts} - {"student/task/cosine"}
     assert rows[1][1].keys() == {f"diagnostics/{name}" for name in (*names, "cka/logits~logits")}
     assert rows[1][1]["diagnostics/student/kl/value"] == result.diagnostics[1]["terms"]["student/kl"]["value"]
-
-
-DEAD = {
-    "zero": lambda student, teacher, call: {"term": 0 * student.mean()},
-    "without a gradient": lambda student, teacher, call: {"term": (student.detach() - teacher).square().mean()},
-    "constant": lambda student, teacher, call: {"term": student.mean() / student.mean().detach()},
-}
-
-
-@pytest.mark.parametrize("state", ["zero", "without a gradient", "constant"])
-def test_a_dead_term_stops_the_run_and_says_why(state, make_module, make_data, run_fit):
-    def method():
-        return Logits(lambda *inputs: {**two_terms(*inputs), **DEAD[state](*inputs)})
-
-    settings = {"diagnose_every": 2, "checkpoint_every": 4}
-    distiller = method()
-    with pytest.raises(DeadTermError, match=rf"term student/term was {state}.*run.dead_term_steps=null") as caught:
-        run_fit(make_module(steps=12, distiller=distiller), make_data(steps=12), dead_term_steps=8, **settings)
-    assert caught.value.term == "student/term"
-    assert (caught.value.step, distiller.calls) == (8, 8)
-    module = make_module(steps=12, distiller=method())
-    assert run_fit(module, make_data(steps=12), "on", dead_term_steps=None, **settings).finished
-    module = make_module(steps=12, distiller=method())
-    assert run_fit(module, make_data(steps=12), "long", dead_term_steps=13, **settings).finished
-
-
-def test_a_projector_that_learns_from_a_detached_student_is_dead_too(make_module, make_data, run_fit):
-    class Detached(Logits):
-        def forward(self, student, teacher, target=None):
-            return {"fit": (self.weight * student["logits"].detach() - teacher["logits"]).square().mean()}
-
-    distiller = Detached(None)
-    with pytest.raises(DeadTermError, match="student/fit was without a gradient at all 4 observations"):
-        run_fit(make_module(steps=9, distiller=distiller), make_data(steps=9), diagnose_every=2, dead_term_steps=6)
-    assert not torch.equal(distiller.weight, torch.ones(3, 1, 1))
-
-
-def test_a_term_that_is_away_most_of_the_time_is_not_dead(make_module, make_data, run_fit):
-    def sometimes(student, teacher, call):
-        return {"hinge": 0 * student.mean()} if call % 3 == 1 else {"square": (student - teacher).square().mean()}
-
-    def run(name, limit):
-        module = make_module(steps=12, distiller=Logits(sometimes))
-        return run_fit(module, make_data(steps=12), name, diagnose_every=1, dead_term_steps=limit)
-
-    assert run("rare", 5).finished
-    with pytest.raises(DeadTermError, match=r"4 observations in the last 4 steps that had it \(step 10\)"):
-        run("often", 4)
-
-
-class CrashError(Exception):
-    """Stands for a kill."""
-
-
-class Crashing(Segmentation):
-    def __init__(self, at_step):
-        super().__init__(3)
-        self._left = at_step
-
-    def loss(self, student, features, target):
-        self._left -= 1
-        if self._left == 0:
-            raise CrashError
-        return super().loss(student, features, target)
-
-
-@pytest.mark.parametrize("at_step", [2, 4, 6, 7, 12])
-def test_a_resumed_run_has_the_points_of_one_that_was_not_stopped(at_step, make_module, make_data, run_fit):
-    def run(name, task=None):
-        module = make_module(steps=12, distiller=Logits(two_terms), task=task)
-        return run_fit(module, make_data(steps=12), name, diagnose_every=2, checkpoint_every=3).diagnostics
-
-    whole = run("whole")
-    assert [point["step"] for point in whole] == [1, 2, 4, 6, 8, 10, 12]
-    with pytest.raises(CrashError):
-        run("crashed", Crashing(at_step))
-    assert run("crashed") == whole
-
-
-def test_a_resumed_run_remembers_how_long_a_term_was_dead(make_module, make_data, run_fit):
-    def run(task=None):
-        module = make_module(steps=20, distiller=Logits(DEAD["zero"]), task=task)
-        return run_fit(module, make_data(steps=20), diagnose_every=4, dead_term_steps=12, checkpoint_every=3)
-
-    with pytest.raises(CrashError):
-        run(Crashing(8))
-    with pytest.raises(DeadTermError, match=r"at all 5 observations in the last 12 steps that had it \(step 12\)"):
-        run()
 
 
 def test_points_are_thinned_evenly_and_keep_their_ends():
