@@ -96,6 +96,7 @@ class ToyDetector(FeatureModel):
             self._facts[f"map.{i}"] = TapInfo(dim, stride)
         for kind, dim in {"fpn": width, "cls_mid": width, "reg_mid": width, **outputs}.items():
             self._facts.update({f"{kind}.{i}": TapInfo(dim, stride) for i, stride in enumerate(levels)})
+        self.head_taps = tuple(f"fpn.{i}" for i in range(len(levels)))
 
     def taps(self):
         return dict(self._facts)
@@ -114,12 +115,20 @@ class ToyDetector(FeatureModel):
             x = features[f"map.{i}"] = stage(x)
         for i, stride in enumerate(self.levels):
             size = [-(-side // stride) for side in images.shape[-2:]]
-            level = self.net["neck"][i](F.interpolate(x, size, mode="bilinear", align_corners=False))
+            features[f"fpn.{i}"] = self.net["neck"][i](F.interpolate(x, size, mode="bilinear", align_corners=False))
+        features |= self.apply_head(features, images.shape[-2:])
+        return {tap: features[name] for tap, name in names.items()}
+
+    def apply_head(self, features, size):
+        found = {}
+        for i, stride in enumerate(self.levels):
+            grid = [-(-side // stride) for side in size]
+            level = F.interpolate(features[f"fpn.{i}"], grid, mode="bilinear", align_corners=False)
             middles = {kind: stem(level) for kind, stem in self.net["stems"].items()}
             tails = self.head_tails(i)
-            features.update({f"fpn.{i}": level, f"cls_mid.{i}": middles["cls"], f"reg_mid.{i}": middles["reg"]})
-            features.update({f"cls.{i}": tails.cls(middles["cls"]), f"reg.{i}": tails.reg(middles["reg"])})
-        return {tap: features[name] for tap, name in names.items()}
+            found.update({f"cls_mid.{i}": middles["cls"], f"reg_mid.{i}": middles["reg"]})
+            found.update({f"cls.{i}": tails.cls(middles["cls"]), f"reg.{i}": tails.reg(middles["reg"])})
+        return found
 
 
 class ToyTask(Task):

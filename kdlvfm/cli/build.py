@@ -12,6 +12,7 @@ import torch
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import instantiate
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
+from kdlvfm.core.levels import build_at_levels
 from kdlvfm.data.base import SampleData
 from kdlvfm.training.fit import check_fit, check_schedule
 from kdlvfm.training.module import DistillationModule
@@ -131,6 +132,28 @@ def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) 
     return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
 
 
+def build_distiller(node: Mapping[str, Any], context: Context) -> Distiller:
+    """The distiller; for detection its methods are told which maps the networks have, see `kdlvfm.core.levels`.
+
+    Raises:
+        CommandError, ValueError, TypeError: a wrong argument.
+    """
+    distiller: Distiller = instantiate(_at_levels(node) if context.task.truth == "boxes" else node)(context)
+    return distiller
+
+
+def _at_levels(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of a method as one for `build_at_levels`; of one with parts, its parts."""
+    if isinstance(node.get("parts"), Mapping):
+        parts = node["parts"].items()
+        return {**node, "parts": {name: _at_levels(x) if isinstance(x, Mapping) else x for name, x in parts}}
+    target, _, builder = str(node.get("_target_")).rpartition(".")
+    if builder != "from_context":
+        return dict(node)
+    method = {"_target_": "hydra.utils.get_class", "path": target}
+    return {**node, "_target_": f"{build_at_levels.__module__}.{build_at_levels.__name__}", "method": method}
+
+
 def build_plans(recipe: Mapping[str, Any]) -> Plans:
     """Optimizer plans of all groups; a group's plan takes from the recipe what it does not set itself."""
     names = ("optimizer", "schedule", "warmup_steps", "clip_norm")
@@ -169,7 +192,7 @@ def build(config: Mapping[str, Any]) -> Cell:
         )
         # Seeded anew: a projector's initial weights must not depend on which networks were built before it.
         torch.manual_seed(config["seed"] + 1)
-        distiller: Distiller = instantiate(config["distiller"])(context)
+        distiller = build_distiller(config["distiller"], context)
         check_fit(student, distiller, teacher, data.num_classes, trainer["precision"], trainer["accelerator"])
         check_schedule(
             steps=recipe["steps"],

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kdlvfm.core.features import Features
+from kdlvfm.core.features import FeatureModel, Features, level_taps
 
 
 @runtime_checkable
@@ -40,3 +40,17 @@ class Detector(Protocol):
             features: the `task_taps` of a batch.
             sizes: for each image, int64 (2,), height and width of the part that is no padding; boxes end there.
         """
+
+
+def boxes_per_position(model: FeatureModel, num_classes: int) -> int:
+    """How many boxes a head with the taps `cls.<i>` predicts at every position.
+
+    Args:
+        model: a detector.
+        num_classes: classes of a model that does not state its own.
+
+    Raises:
+        TapError: it has no such taps.
+    """
+    classes = model.num_classes if isinstance(model, Detector) else num_classes
+    return max(model.tap_info(level_taps(model, "cls")[0]).dim // classes, 1)

@@ -191,7 +191,10 @@ class Distiller(nn.Module, ABC):
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Distiller:
-        """Build inside a run. Override where dimensions must be read from `context`."""
+        """Build inside a run: a distiller of this class or, for some task, of one that takes its place there.
+
+        Override where dimensions must be read from `context`.
+        """
         del context
         return cls(**hparams)
 

@@ -41,24 +41,40 @@ def level_pairs(student: FeatureModel, teacher: FeatureModel, kind: str) -> list
     Raises:
         TapError: a network has no such taps.
     """
-    return [
-        (tap, nearest_tap(teacher, kind, student.tap_info(tap).stride)) for tap in level_taps(student, kind)
-    ]
+    return _with_nearest(student, level_taps(student, kind), teacher, kind)
 
 
 def map_pairs(context: Context) -> list[tuple[str, str]]:
     """The maps that a detector is to take from its teacher: pairs of taps, the student's first.
 
-    From a detector, all levels of the pyramid. From an encoder, its last map, by the student's encoder at the nearest
-    stride. None from a teacher that has neither, such as an ensemble, whose maps have other names.
+    From a detector, at every level of the student, the teacher's level of the nearest stride. From an encoder, its last
+    map, by the level of the nearest stride: there the student has seen as much as in its own encoder's last map, and on
+    a finer grid. None from a teacher that has neither, such as an ensemble, whose maps have other names.
     """
     student, teacher = context.student, context.require_teacher().model
     kinds = {tap.rpartition(".")[0] for tap in teacher.taps()}
     if "fpn" in kinds:
         return level_pairs(student, teacher, "fpn")
     if "map" in kinds:
-        return [(nearest_tap(student, "map", teacher.tap_info("map.-1").stride), "map.-1")]
+        return [(nearest_tap(student, "fpn", teacher.tap_info("map.-1").stride), "map.-1")]
     return []
+
+
+def head_pairs(context: Context) -> list[tuple[str, str]]:
+    """What a detector's head reads, each tap with the teacher's level, or an encoder's map, of the nearest stride.
+
+    Raises:
+        TapError: the teacher has no maps.
+    """
+    student, teacher = context.student, context.require_teacher().model
+    kinds = {tap.rpartition(".")[0] for tap in teacher.taps()}
+    return _with_nearest(student, student.head_taps, teacher, "fpn" if "fpn" in kinds else "map")
+
+
+def _with_nearest(
+    student: FeatureModel, taps: Sequence[str], teacher: FeatureModel, kind: str
+) -> list[tuple[str, str]]:
+    return [(tap, nearest_tap(teacher, kind, student.tap_info(tap).stride)) for tap in taps]
 
 
 def build_at_levels(context: Context, method: type[Distiller], **hparams: Any) -> Distiller:
@@ -84,7 +100,7 @@ def build_at_levels(context: Context, method: type[Distiller], **hparams: Any) -
         return method.from_context(context, **hparams)
     default = parameters[names[0]].default
     # A method with logits for a default reads maps as well if it can be told how many channels they have.
-    reads_maps = default is None or "map." in "".join(default) or "student_dim" in parameters
+    reads_maps = default is None or "map." in str(default) or "student_dim" in parameters
     pairs = map_pairs(context) if reads_maps else []
     if names == _SINGLE and pairs:
         taps = [dict(zip(names, pair, strict=True)) for pair in pairs]

@@ -41,6 +41,7 @@ from kdlvfm.distillers.rkd import RKD, rkd_angle_loss, rkd_distance_loss
 from kdlvfm.distillers.rsd import RSD, rsd_loss
 from kdlvfm.distillers.scale_kd import ScaleKD, scale_kd_loss
 from kdlvfm.distillers.sckd import SCKD, gradient_gate
+from kdlvfm.distillers.score_kd import ScoreKD, score_kd_loss
 from kdlvfm.distillers.similarity_preserving import SP, sp_loss
 from kdlvfm.distillers.token_relation import TokenRelation, image_relation_loss, token_relation_loss
 from kdlvfm.distillers.vkd import VkD, vkd_loss
@@ -81,6 +82,7 @@ __all__ = [
     "Pairwise",
     "ReviewKD",
     "ScaleKD",
+    "ScoreKD",
     "TokenRelation",
     "VkD",
     "Weight",
@@ -128,6 +130,7 @@ __all__ = [
     "rkd_distance_loss",
     "rsd_loss",
     "scale_kd_loss",
+    "score_kd_loss",
     "sp_loss",
     "token_relation_loss",
     "vkd_loss",

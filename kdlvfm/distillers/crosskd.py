@@ -14,9 +14,11 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import align_scale, check_levels, match_size, promote
 from kdlvfm.core.boxes import giou_of_distances
+from kdlvfm.core.detector import boxes_per_position
 from kdlvfm.core.features import level_taps
 from kdlvfm.core.projectors import Projector, build_projector
 from kdlvfm.core.split_head import HeadTails, split_head
+from kdlvfm.distillers.score_kd import score_kd_loss
 
 
 def crosskd_cls_loss(
@@ -28,7 +30,8 @@ def crosskd_cls_loss(
         L = \frac{1}{A} \sum_{i,k} |\sigma(z_S) - \sigma(z_T)|^\beta \,
             \mathrm{BCE}\big(\sigma(z_S), \sigma(z_T)\big)_{i,k}
 
-    over positions i and classes k: the quality focal loss of Li et al. (2020) with the teacher for ground truth.
+    over positions i and classes k: the quality focal loss of Li et al. (2020) with the teacher for ground truth, as in
+    `score_kd_loss`.
 
     Args:
         student: scores before the sigmoid, (B, K, H, W), that the teacher's head gave the student's features.
@@ -50,13 +53,7 @@ def crosskd_cls_loss(
         >>> round(crosskd_cls_loss(student, teacher).item(), 6)  # half of ln 2
         0.346574
     """
-    _check(student, teacher)
-    if beta < 1:
-        raise ValueError(f"beta must be at least 1, not {beta}.")
-    student, goal = promote(student), promote(teacher.detach()).sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(student, goal, reduction="none")
-    total = ((student.sigmoid() - goal).abs().pow(beta) * entropy).sum()
-    return total / (student[:, 0].numel() if avg_factor is None else avg_factor)
+    return score_kd_loss(student, teacher, beta, avg_factor=avg_factor)
 
 
 def crosskd_kl_loss(
@@ -231,8 +228,9 @@ class CrossKD(Distiller):
                 f"{teacher.card.name} has {counts[1]}."
             )
         tails = [head.head_tails(i) for i in range(counts[1])]
-        scores, sides = (teacher.tap_info(tap).dim for tap in ("cls.0", "reg.0"))
-        if tails[0].boxes is None and (sides % 4 or sides < 8 or scores != context.num_classes):
+        sides = teacher.tap_info("reg.0").dim
+        several = boxes_per_position(teacher, context.num_classes) > 1
+        if tails[0].boxes is None and (sides % 4 or sides < 8 or several):
             raise ValueError(
                 f"CrossKD does not know how the head of {teacher.card.name} describes boxes: its {sides} channels are "
                 "no distributions of four sides. Choose a teacher such as GFL."

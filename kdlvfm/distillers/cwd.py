@@ -114,10 +114,15 @@ class CWD(Distiller):
     def from_context(cls, context: Context, **hparams: Any) -> Self:
         """Reads both channel counts from the taps.
 
-        Where no tap is given and the teacher has no classes, and so no logits, the last maps are taken, standardised.
+        A teacher without classes, and so without logits, has its maps standardised: the last ones if no tap is given.
         """
-        if not hparams.keys() & {"student_tap", "teacher_tap"} and "logits" not in context.require_teacher().taps():
-            hparams = {"student_tap": "map.-1", "teacher_tap": "map.-1", "standardize": True, **hparams}
+        if "logits" not in context.require_teacher().taps():
+            taps = (
+                {}
+                if hparams.keys() & {"student_tap", "teacher_tap"}
+                else {"student_tap": "map.-1", "teacher_tap": "map.-1"}
+            )
+            hparams = {"standardize": True, **taps, **hparams}
         return cls(**context.tap_dims(cls, hparams), **hparams)
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:

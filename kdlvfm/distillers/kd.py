@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlvfm.core import Distiller, Features
+from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, match_size, promote, resize_labels
+from kdlvfm.distillers.score_kd import ScoreKD
 
 
 def kd_loss(
@@ -92,6 +95,8 @@ class KD(Distiller):
 
     Void pixels are left out; pixels of unlabelled images are not, since the teacher has an opinion on them.
 
+    Class scores of a detector are no logits of a softmax: for them `from_context` gives `ScoreKD`, with its arguments.
+
     Args:
         loss_weight: weight of the term. 1 is CIRKD's value for segmentation.
         temperature: softmax temperature.
@@ -126,6 +131,11 @@ class KD(Distiller):
         self.standardize = standardize
         self.ignore_index = ignore_index
         self.resize = resize
+
+    @classmethod
+    def from_context(cls, context: Context, **hparams: Any) -> Distiller:
+        """For detection a `ScoreKD`."""
+        return ScoreKD.from_context(context, **hparams) if context.task.truth == "boxes" else cls(**hparams)
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None = None) -> dict[str, Tensor]:
         """The term `kd`; `target` (B, H, W), or (B) for a classifier, only says what is void."""

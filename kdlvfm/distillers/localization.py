@@ -14,6 +14,7 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import check_levels, promote
 from kdlvfm.core.boxes import read_boxes
+from kdlvfm.core.detector import boxes_per_position
 from kdlvfm.core.features import level_taps
 
 
@@ -240,7 +241,8 @@ class LD(Distiller):
         student, teacher = ([model.tap_info(tap) for tap in level_taps(model, "reg")] for model in models)
         for model, levels in zip(models, (student, teacher), strict=True):
             # More scores than classes: several boxes for each position, and so numbers for several anchors.
-            if levels[0].dim % 4 or levels[0].dim < 8 or model.tap_info("cls.0").dim != context.num_classes:
+            several = boxes_per_position(model, context.num_classes) > 1
+            if levels[0].dim % 4 or levels[0].dim < 8 or several:
                 raise ValueError(
                     f"LD needs distributions of the four sides of a box, which the head of {model.card.name} does not "
                     f"predict (it has {levels[0].dim} channels); choose GFL, or distiller=crosskd."

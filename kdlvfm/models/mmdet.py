@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from kdlvfm.core.align import promote
+from kdlvfm.core.align import promote, resize_map
 from kdlvfm.core.features import FeatureModel, Features, ModelCard, TapError, TapInfo
 from kdlvfm.core.split_head import HeadTails
 from kdlvfm.models.adapter import Adapter
@@ -106,6 +106,7 @@ class MMDetModel(Adapter):
         self._taps = self._describe()
         kinds = OUTPUTS if self._head is not None else ("fpn",)
         self.task_taps = tuple(tap for tap in self._taps if tap.partition(".")[0] in kinds)
+        self.head_taps = tuple(tap for tap in self._taps if tap.startswith("fpn."))
         self.train(self.training)
 
     def _fill(self, path: str | Path) -> None:
@@ -182,6 +183,16 @@ class MMDetModel(Adapter):
             if self._head is not None and (complete or beyond - {"fpn"}):
                 found.update(self._head(levels, middle=not beyond.isdisjoint(self._head.middles)))
         return found
+
+    def apply_head(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The `task_taps` that the head makes of the levels of any pyramid, see `FeatureModel.apply_head`."""
+        levels = {}
+        for tap in self.head_taps:
+            stride = self._taps[tap].stride
+            assert stride is not None
+            padded = (-(-side // _MULTIPLE) * _MULTIPLE for side in size)
+            levels[tap] = resize_map(features[tap], [-(-side // stride) for side in padded])
+        return levels if self._head is None else levels | self._head(tuple(levels.values()))
 
     def loss(self, features: Features, target: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Mmdet's own losses of features already computed, by name; those of several levels or stages are summed.

@@ -74,7 +74,7 @@ class DenseHead:
         """
         if not self.middles:
             raise TapError(f"mmdet's {type(self.module).__name__} has no two stacks of convolutions to be entered.")
-        return HeadTails(cls=self._tail("cls_mid", index), reg=self._tail("reg_mid", index))
+        return HeadTails(self._tail("cls_mid", index), self._tail("reg_mid", index), _sides_of(self.module))
 
     def _tail(self, kind: str, index: int) -> Callable[[Tensor], Tensor]:
         output = kind.removesuffix("_mid")
@@ -90,6 +90,28 @@ class DenseHead:
             return found
 
         return tail
+
+
+def _sides_of(head: Any) -> Callable[[Tensor], Tensor] | None:
+    """What turns a head's numbers into distances to the sides of boxes; `None` where it does not have such numbers."""
+    from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+
+    coder = head.bbox_coder
+    if isinstance(coder, DistancePointBBoxCoder) and "integral" not in dict(head.named_children()):
+        return lambda x: x
+    if not isinstance(coder, DeltaXYWHBBoxCoder) or coder.add_ctr_clamp:  # a clamp is in pixels
+        return None
+
+    def sides(deltas: Tensor) -> Tensor:
+        from mmdet.structures.bbox import get_box_tensor
+
+        rows = deltas.unflatten(1, (-1, 4)).movedim(2, -1)  # (B, A, H, W, 4)
+        anchor = rows.new_tensor([-0.5, -0.5, 0.5, 0.5]).expand(rows.numel() // 4, 4)
+        boxes = get_box_tensor(coder.decode(anchor, rows.reshape(-1, 4)))
+        distances: Tensor = boxes * boxes.new_tensor([-1.0, -1.0, 1.0, 1.0])
+        return distances.view(rows.shape).movedim(-1, 2).flatten(1, 2)
+
+    return sides
 
 
 def _is_stack(module: Any) -> bool:

@@ -6,7 +6,7 @@ from kdlvfm.cli.config import options
 from kdlvfm.cli.inspect import pairs
 from kdlvfm.core import TapInfo
 
-TEACHERS = [name for name in options("teacher") if name not in ("none", "timm", "from_run", "ensemble")]
+TEACHERS = [name for name in options("teacher") if name not in ("none", "timm", "from_run", "ensemble", "mmdet")]
 STUDENTS = [name for name in options("student") if name not in ("mmdet", "mmdet_timm", "smp", "timm_linear")]
 
 

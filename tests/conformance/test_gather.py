@@ -76,6 +76,7 @@ def worker(rank, folder, names):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     try:
         torch.save({name: outcome(name, rank, WORLD) for name in names}, f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

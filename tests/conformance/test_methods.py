@@ -3,14 +3,13 @@
 
 import copy
 import functools
-import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
-import kdlvfm.distillers
-from kdlvfm.cli.config import compose, instantiate, options
+from kdlvfm.cli.build import build_distiller
+from kdlvfm.cli.config import compose, options
 from kdlvfm.cli.list import read_about
 from kdlvfm.core import Distiller
 
@@ -23,23 +22,6 @@ EPOCHS = (0, 1)  # a method may alternate between phases
 @functools.cache
 def node_of(name):
     return compose([f"distiller={name}"])["distiller"]
-
-
-def taps_of_a_detector(name):
-    """What a user chooses for a detector where a method's own taps are an encoder's or a segmenter's.
-
-    For `student_tap` and `teacher_tap` a level of the pyramid, or of the class scores instead of logits; for
-    `student_taps` and `teacher_taps` as many levels as the method reads by default.
-    """
-    method = vars(kdlvfm.distillers)[node_of(name)["_target_"].rsplit(".", 2)[1]]
-    taps = {}
-    for argument, parameter in inspect.signature(method).parameters.items():
-        default = parameter.default
-        if argument in ("student_tap", "teacher_tap"):
-            taps[argument] = "cls.1" if default == "logits" else "fpn.1"
-        elif argument in ("student_taps", "teacher_taps") and default is not None:
-            taps[argument] = [f"fpn.{i}" for i in range(len(default))]
-    return taps
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -91,8 +73,8 @@ def nothing(detects, target):
 
 
 @pytest.fixture
-def node(name, detects):
-    return {**node_of(name), **(taps_of_a_detector(name) if detects else {})}
+def node(name):
+    return node_of(name)
 
 
 @pytest.fixture
@@ -101,7 +83,7 @@ def build(node, context):
 
     def make(seed=0):
         torch.manual_seed(seed)
-        distiller = instantiate(node)(context)
+        distiller = build_distiller(node, context)
         assert isinstance(distiller, Distiller)
         return distiller
 
@@ -269,4 +251,4 @@ def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_s
 
 def test_a_wrong_argument_is_refused(node, context):
     with pytest.raises(TypeError, match="no_such_argument"):
-        instantiate({**node, "no_such_argument": 1})(context)
+        build_distiller({**node, "no_such_argument": 1}, context)

@@ -61,6 +61,9 @@ def worker(rank, folder):
             "own": own.grad,
         }
         torch.save(result, f"{folder}/{rank}.pt")
+        # What DDP holds of the group must go before the group does, and the other process must not wait for this one.
+        del model
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

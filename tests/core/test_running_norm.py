@@ -87,6 +87,7 @@ def worker(rank, folder):
         for batch in batches(3):
             norm.observe(batch[rank : rank + 1])
         torch.save(norm.state_dict(), f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

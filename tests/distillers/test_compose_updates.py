@@ -160,8 +160,8 @@ def test_the_student_moves_as_often_as_its_busiest_part_asks_and_is_looked_at_an
         pytest.param(
             lambda: Pairwise(adversarial_weight=0.1, judged_student_dim=5, judged_teacher_dim=5), 0, id="skds"
         ),
-        pytest.param(lambda: CustomKD(16, 12), 0, id="customisation"),
-        pytest.param(lambda: CustomKD(16, 12), 1, id="customkd"),
+        pytest.param(lambda: CustomKD([16], [12]), 0, id="customisation"),
+        pytest.param(lambda: CustomKD([16], [12]), 1, id="customkd"),
         pytest.param(lambda: CIRKD(8, 12, 5, pixel_memory=20, region_memory=4), 0, id="cirkd"),
     ],
 )

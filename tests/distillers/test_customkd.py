@@ -55,12 +55,12 @@ def take(distiller, step, rate=0.1):
 
 
 def test_terms_against_numpy():
-    customkd = CustomKD(3, 5, general_weight=2.0, specific_weight=3.0).double()
+    customkd = CustomKD([3], [5], general_weight=2.0, specific_weight=3.0).double()
     student, teacher = maps(2, 3, 4, 6, seed=1), maps(2, 5, 4, 6, seed=2, scale=40.0) + 7
     goal = standardised(teacher.numpy())
     terms = customkd({"decoder": student}, {"map.-1": teacher})
-    general = np.mean((linear(customkd.projector, student.numpy()) - goal) ** 2)
-    specific = np.mean((student.numpy() - linear(customkd.customiser, goal)) ** 2)
+    general = np.mean((linear(customkd.projectors[0], student.numpy()) - goal) ** 2)
+    specific = np.mean((student.numpy() - linear(customkd.customisers[0], goal)) ** 2)
     assert list(terms) == ["customkd_general", "customkd_specific"]
     assert terms["customkd_general"].item() == pytest.approx(2 * general, rel=1e-9)
     assert terms["customkd_specific"].item() == pytest.approx(3 * specific, rel=1e-9)
@@ -68,34 +68,34 @@ def test_terms_against_numpy():
 
 @pytest.mark.parametrize(("resize", "grid"), [("student", (2, 3)), ("teacher", (4, 6)), ([5, 5], (5, 5))])
 def test_each_term_has_the_grid_of_one_network(resize, grid):
-    customkd = CustomKD(3, 5, target="raw", resize=resize).double()
+    customkd = CustomKD([3], [5], target="raw", resize=resize).double()
     student, teacher = maps(2, 3, 4, 6, seed=1), maps(2, 5, 2, 3, seed=2)
     onto = {
         size: F.interpolate(teacher, size=size, mode="bilinear", align_corners=False) for size in ((4, 6), (5, 5))
     } | {(2, 3): teacher}
-    projected = torch.from_numpy(linear(customkd.projector, student.numpy()))
+    projected = torch.from_numpy(linear(customkd.projectors[0], student.numpy()))
     shrinks = grid != (4, 6)
     if grid != (4, 6):
         projected = F.interpolate(projected, size=grid, mode="bilinear", align_corners=False, antialias=shrinks)
     general = np.mean((projected - onto[grid]).numpy() ** 2)
-    specific = np.mean((student.numpy() - linear(customkd.customiser, onto[4, 6].numpy())) ** 2)
+    specific = np.mean((student.numpy() - linear(customkd.customisers[0], onto[4, 6].numpy())) ** 2)
     terms = customkd({"decoder": student}, {"map.-1": teacher})
     assert terms["customkd_general"].item() == pytest.approx(general, rel=1e-9)
     assert terms["customkd_specific"].item() == pytest.approx(specific, rel=1e-9)
 
 
 def test_a_student_that_is_where_the_teacher_was_brought_has_nothing_to_learn_of_the_task():
-    customkd = CustomKD(3, 5, target="layernorm").double()
+    customkd = CustomKD([3], [5], target="layernorm").double()
     teacher = maps(2, 5, 4, 6, seed=2)
     with torch.no_grad():
-        student = customkd.customiser(customkd.targets(teacher))
+        student = customkd.customisers[0](customkd.targets[0](teacher))
     terms = customkd({"decoder": student}, {"map.-1": teacher})
     assert terms["customkd_specific"].item() == 0
     assert terms["customkd_general"].item() > 0
 
 
 def test_gradcheck():
-    customkd = CustomKD(2, 3).double()
+    customkd = CustomKD([2], [3]).double()
     student, teacher = maps(2, 2, 2, 2, seed=1).requires_grad_(), maps(2, 3, 3, 2, seed=2)
     assert torch.autograd.gradcheck(
         lambda x: tuple(customkd({"decoder": x}, {"map.-1": teacher}).values()), (student,), raise_exception=True
@@ -103,14 +103,14 @@ def test_gradcheck():
 
 
 def test_student_and_projector_get_a_gradient_teacher_and_customiser_none():
-    customkd = CustomKD(3, 5).double()
+    customkd = CustomKD([3], [5]).double()
     student, teacher = maps(2, 3, 4, 4, seed=1).requires_grad_(), maps(2, 5, 2, 2, seed=2).requires_grad_()
     for term in customkd({"decoder": student}, {"map.-1": teacher}).values():
         student.grad = None
         term.backward()
         assert (student.grad != 0).any()
-    assert all((parameter.grad != 0).any() for parameter in customkd.projector.parameters())
-    assert all(parameter.grad is None for parameter in customkd.customiser.parameters())
+    assert all((parameter.grad != 0).any() for parameter in customkd.projectors[0].parameters())
+    assert all(parameter.grad is None for parameter in customkd.customisers[0].parameters())
     assert teacher.grad is None
 
 
@@ -119,7 +119,7 @@ def test_customisation_is_the_task_through_the_students_head(make_step, context,
     (update,) = customkd.updates(make_step())
     with torch.no_grad():
         goal = standardised(teacher(batch["image"], ["map.-1"])["map.-1"].numpy())
-    coarse = linear(student.net["head"], linear(customkd.customiser, goal))
+    coarse = linear(student.net["head"], linear(customkd.customisers[0], goal))
     logits = F.interpolate(torch.from_numpy(coarse), batch["mask"].shape[1:], mode="bilinear").double()
     losses = [
         logits[b, :, row, column].logsumexp(0) - logits[b, label, row, column]
@@ -139,29 +139,29 @@ def test_customisation_moves_the_customiser_and_nothing_else(make_step, context,
     student.train()
     student.net["stages"][0].eval()
     modes = [module.training for module in student.modules()]
-    before = state(student, customkd.projector, teacher.model)
-    customised = state(customkd.customiser)
+    before = state(student, customkd.projectors[0], teacher.model)
+    customised = state(customkd.customisers[0])
     (update,) = customkd.updates(make_step())
     assert [module.training for module in student.modules()] == modes
     assert all(parameter.requires_grad for parameter in student.parameters())
     sum(update.terms.values()).backward()
     assert all(parameter.grad is None for parameter in student.parameters())
-    assert all((parameter.grad != 0).any() for parameter in customkd.customiser.parameters() if parameter.dim() > 1)
+    assert all((parameter.grad != 0).any() for parameter in customkd.customisers[0].parameters() if parameter.dim() > 1)
     assert take(customkd, make_step()) == ["customiser"]
-    assert equal(before, state(student, customkd.projector, teacher.model))
-    assert not equal(customised, state(customkd.customiser))
+    assert equal(before, state(student, customkd.projectors[0], teacher.model))
+    assert not equal(customised, state(customkd.customisers[0]))
 
 
 @pytest.mark.parametrize("customiser", ["linear", "conv_bn"])
 def test_distillation_leaves_customiser_and_teacher_as_they_were(make_step, context, student, teacher, customiser):
     customkd = CustomKD.from_context(context, customiser=customiser)
-    before, moving = state(customkd.customiser, teacher.model), state(student, customkd.projector)
+    before, moving = state(customkd.customisers[0], teacher.model), state(student, customkd.projectors[0])
     assert take(customkd, make_step(epoch=1)) == ["student"]
-    assert equal(before, state(customkd.customiser, teacher.model))
-    for was, now in zip(moving, state(student, customkd.projector), strict=True):
+    assert equal(before, state(customkd.customisers[0], teacher.model))
+    for was, now in zip(moving, state(student, customkd.projectors[0]), strict=True):
         assert not any(torch.equal(was[key], now[key]) for key in was if was[key].dim() > 1 or "running" in key)
-    assert customkd.customiser.training
-    assert all(parameter.requires_grad for parameter in customkd.customiser.parameters())
+    assert customkd.customisers[0].training
+    assert all(parameter.requires_grad for parameter in customkd.customisers[0].parameters())
 
 
 def test_distillation_is_the_task_and_the_two_terms(make_step, context):
@@ -210,7 +210,9 @@ def test_unlabelled_images_train_the_student_and_not_the_customiser(make_step, c
     (update,) = customkd.updates(step)
     features = step.teacher_features(["map.-1"])["map.-1"]
     assert features.shape[0] == 4
-    logits = step.student.apply_head({"decoder": customkd.customiser(customkd.targets(features))}, (24, 32))["logits"]
+    logits = step.student.apply_head({"decoder": customkd.customisers[0](customkd.targets[0](features))}, (24, 32))[
+        "logits"
+    ]
     known = batch["mask"][:1]
     expected = F.cross_entropy(logits[:1], known, ignore_index=255)
     torch.testing.assert_close(update.terms["cross_entropy"], expected)
@@ -222,15 +224,15 @@ def test_phi_s_sees_each_step_once(make_step, context):
     customkd = CustomKD.from_context(context, target="phi_s")
     take(customkd, make_step())
     take(customkd, make_step(epoch=1))
-    assert isinstance(customkd.targets.phi_s, PHISTransform)
-    assert int(customkd.targets.seen) == 2
+    assert isinstance(customkd.targets[0].phi_s, PHISTransform)
+    assert int(customkd.targets[0].seen) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_autocast_at_extreme_values(dtype, batch_size, value):
-    customkd = CustomKD(3, 5)
+    customkd = CustomKD([3], [5])
     student = torch.full((batch_size, 3, 4, 4), value, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         terms = customkd({"decoder": student}, {"map.-1": torch.full((batch_size, 5, 2, 2), -value, dtype=dtype)})
@@ -238,30 +240,30 @@ def test_autocast_at_extreme_values(dtype, batch_size, value):
     assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
     assert student.grad.isfinite().all()
     # What half precision cannot hold is the sum over the batch in the gradient of a weight, which loss scaling is for.
-    assert dtype == torch.float16 or all(p.grad.isfinite().all() for p in customkd.projector.parameters())
+    assert dtype == torch.float16 or all(p.grad.isfinite().all() for p in customkd.projectors[0].parameters())
 
 
 def test_wrong_options_are_refused_when_built():
     with pytest.raises(ValueError, match="phase_steps must be at least 1"):
-        CustomKD(3, 5, phase_steps=0)
+        CustomKD([3], [5], phase_steps=0)
     with pytest.raises(ValueError, match="resize must be"):
-        CustomKD(3, 5, resize="smaller")
+        CustomKD([3], [5], resize="smaller")
     with pytest.raises(ValueError, match="projector must be"):
-        CustomKD(3, 5, customiser="magic")
+        CustomKD([3], [5], customiser="magic")
 
 
 def test_from_context_reads_both_dimensions_and_what_the_head_reads(context, toy_model, make_step):
     customkd = CustomKD.from_context(context)
-    assert customkd.projector.weight.shape == (12, 16, 1, 1)
-    assert customkd.customiser.weight.shape == (16, 12, 1, 1)
-    with pytest.raises(ValueError, match=r"head of toy does not read map\.-1: set student_tap to decoder"):
-        CustomKD.from_context(context, student_tap="map.-1")
+    assert customkd.projectors[0].weight.shape == (12, 16, 1, 1)
+    assert customkd.customisers[0].weight.shape == (16, 12, 1, 1)
+    with pytest.raises(ValueError, match=r"head of toy does not read map\.-1: set student_taps to decoder"):
+        CustomKD.from_context(context, student_taps=["map.-1"])
     headless = toy_model(num_classes=0)
     with pytest.raises(ValueError, match=r"head of toy does not read decoder: use a student whose head does"):
         CustomKD.from_context(type(context)(headless, context.teacher, context.task, 5, 12))
     with pytest.raises(TapError, match=r"no tap .map\.7"):
-        CustomKD.from_context(context, teacher_tap="map.7")
-    assert math.prod(CustomKD.from_context(context, projector="mlp").projector[0].weight.shape) == 12 * 16
+        CustomKD.from_context(context, teacher_taps=["map.7"])
+    assert math.prod(CustomKD.from_context(context, projector="mlp").projectors[0][0].weight.shape) == 12 * 16
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ def worker(rank, folder):
         gate = gradient_gate(gradient, gradient)
         (gate * y.sum()).backward()
         torch.save([gates, own, model.module.weight.grad], f"{folder}/{rank}.pt")
+        # What DDP holds of the group must go before the group does, and the other process must not wait for this one.
+        del model
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -54,6 +54,7 @@ def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     try:
         torch.save(measure(range(rank, COUNT + 1, WORLD)), f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
