@@ -15,6 +15,7 @@ from kdlvfm.cli.list import read_about
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "step_cost.json"
+RUNS = ROOT / "experiments" / "zoo_smoke" / "records"
 PAGE = ROOT / "docs" / "methods.md"
 
 _INTRODUCTION = """\
@@ -29,10 +30,14 @@ Every method is chosen by `distiller=<name>`; its options are the arguments of i
 - **groups**: what has an optimizer of its own. More than one means that the method alternates or plays against itself.
 - **extra parameters**: what is trained beside the student and never ships, for the networks of the measurement.
 - **step**: seconds of a training step over those of the baseline, which sees no teacher. {setting}
+- **pull**: norm of the gradient of its strongest term on the student, over that of the task's, at the default weights:
+  far below 1 it hardly teaches, far above it drowns the task. After 60 steps from random weights in
+  [this experiment](../experiments/zoo_smoke/README.md); another task, teacher or stage of training has other values,
+  which [diagnostics](concepts.md#diagnostics) show. `distiller.loss_weight=` changes it.
 - *seg*, *det*: segmentation, detection.
 
-| `distiller=` | what it does | paper | reads | trains | groups | extra parameters | step | for |
-| --- | --- | --- | --- | --- | --- | ---: | ---: | --- |
+| `distiller=` | what it does | paper | reads | trains | groups | extra parameters | step | pull | for |
+| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |
 """
 
 
@@ -46,11 +51,27 @@ def page() -> str:
         f"{height}x{width}, one thread of {hardware['cpu']}, torch {record['environment']['versions']['torch']}, "
         f"a baseline step of {setting['baseline_seconds']:.2f} s."
     )
-    lines = [_line(name, record["methods"].get(name)) for name in options("distiller") if name != "none"]
+    pulls = _pulls()
+    lines = [
+        _line(name, record["methods"].get(name), pulls.get(name)) for name in options("distiller") if name != "none"
+    ]
     return _INTRODUCTION.format(setting=sentence) + "\n".join(lines) + "\n"
 
 
-def _line(name: str, measured: dict[str, Any] | None) -> str:
+def _pulls() -> dict[str, float]:
+    """By method, the largest ratio of a term's gradient to the task's that the last look of its run saw."""
+    pulls = {}
+    for path in RUNS.glob("*/record.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        terms = record["diagnostics"]["points"][-1]["terms"] if record["diagnostics"]["points"] else {}
+        task = terms.pop("student/task", {}).get("grad_norm")
+        norms = [term["grad_norm"] for name, term in terms.items() if name.startswith("student/")]
+        if task and norms:
+            pulls[record["config"]["choices"]["distiller"]] = max(norms) / task
+    return pulls
+
+
+def _line(name: str, measured: dict[str, Any] | None, pull: float | None) -> str:
     about = read_about("distiller", name)
     tasks = ", ".join(task[:3] for task in about["tasks"])
     cells = [_link(name), about["title"], about["paper"]]
@@ -60,7 +81,8 @@ def _line(name: str, measured: dict[str, Any] | None) -> str:
         reads = f"{_taps(measured['student_taps'])} ← {_taps(measured['teacher_taps'])}"
         groups = ", ".join(measured["groups"])
         cells += [reads, about["trains"], groups, _count(measured["parameters"]), f"{measured['ratio']:.2f}"]
-    return f"| {' | '.join([*cells, tasks])} |"
+    cells += ["" if pull is None else f"{pull:.2g}", tasks]
+    return f"| {' | '.join(cells)} |"
 
 
 def _link(name: str) -> str:
