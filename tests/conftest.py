@@ -82,8 +82,7 @@ class ToyDetector(FeatureModel):
 
     def __init__(self, dims=(4, 6, 8), strides=(2, 2, 2), width=6, levels=(4, 8, 16), bins=BINS):
         super().__init__()
-        self.card = ModelCard("toy detector", "random")
-        self.levels, self.bins = levels, bins
+        self.card, self.levels, self.bins = ModelCard("toy detector", "random"), levels, bins
         self.net = nn.ModuleDict({"encoder": ToyModel(dims, strides, num_classes=0).net["stages"]})
         self.net["neck"] = nn.ModuleList(nn.Conv2d(dims[-1], width, 1) for _ in levels)
         outputs = {"cls": NUM_CLASSES, "reg": 4 * bins}
@@ -114,20 +113,21 @@ class ToyDetector(FeatureModel):
         for i, stage in enumerate(self.net["encoder"]):
             x = features[f"map.{i}"] = stage(x)
         for i, stride in enumerate(self.levels):
-            size = [-(-side // stride) for side in images.shape[-2:]]
-            features[f"fpn.{i}"] = self.net["neck"][i](F.interpolate(x, size, mode="bilinear", align_corners=False))
+            features[f"fpn.{i}"] = self.net["neck"][i](self._on_grid(x, stride, images.shape[-2:]))
         features |= self.apply_head(features, images.shape[-2:])
         return {tap: features[name] for tap, name in names.items()}
+
+    def _on_grid(self, x, stride, size):
+        return F.interpolate(x, [-(-side // stride) for side in size], mode="bilinear", align_corners=False)
 
     def apply_head(self, features, size):
         found = {}
         for i, stride in enumerate(self.levels):
-            grid = [-(-side // stride) for side in size]
-            level = F.interpolate(features[f"fpn.{i}"], grid, mode="bilinear", align_corners=False)
+            level = self._on_grid(features[f"fpn.{i}"], stride, size)
             middles = {kind: stem(level) for kind, stem in self.net["stems"].items()}
-            tails = self.head_tails(i)
-            found.update({f"cls_mid.{i}": middles["cls"], f"reg_mid.{i}": middles["reg"]})
-            found.update({f"cls.{i}": tails.cls(middles["cls"]), f"reg.{i}": tails.reg(middles["reg"])})
+            ends = {"cls": self.head_tails(i).cls, "reg": self.head_tails(i).reg}
+            for kind, middle in middles.items():
+                found |= {f"{kind}_mid.{i}": middle, f"{kind}.{i}": ends[kind](middle)}
         return found
 
 
@@ -157,7 +157,7 @@ class ToyTask(Task):
         raise NotImplementedError
 
 
-class ToyDetectionTask(Task):
+class ToyDetectionTask(ToyTask):
     """Scores are to be low and distributions flat, wherever the boxes are."""
 
     primary_metric = "ap"
@@ -166,9 +166,6 @@ class ToyDetectionTask(Task):
 
     def student_taps(self, student):
         return self.taps
-
-    def solves(self, model):
-        return True
 
     def unpack(self, batch):
         return batch["image"], batch["boxes"], batch["index"]
@@ -181,9 +178,6 @@ class ToyDetectionTask(Task):
         }
 
     def predict(self, student, features, target):
-        raise NotImplementedError
-
-    def metrics(self):
         raise NotImplementedError
 
 

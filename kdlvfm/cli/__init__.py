@@ -12,7 +12,9 @@ from collections.abc import Sequence
 _COMMANDS = {
     "train": "train a student, with a distiller or without (the baseline)",
     "evaluate": "measure a finished run again, on any split",
+    "status": "how far sweeps are: done, running, failed, interrupted, waiting",
     "table": "compare runs: records in, honest table out",
+    "report": "the table as one page to send: figures, and command, revision and logs of every run",
     "inspect": "taps of a teacher and a student, and which of them pair up; of a run, its diagnostics",
     "list": "teachers, students, distillers, data and recipes, with licences and papers",
     "download": "fetch a data set from its public repository, checksummed",
@@ -29,9 +31,15 @@ examples:
 class CommandError(Exception):
     """A mistake of the caller: shown as one line, without a traceback."""
 
+    code = 1
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; the exit code is 0 for success, 1 for an error, 2 for a wrong call, 130 for an interruption."""
+    """Run a subcommand.
+
+    The exit code is 0 for success, 1 for an error, 2 for a wrong call, 75 for a run that another process computes, 130
+    for an interruption.
+    """
     from kdlvfm import __version__
 
     parser = argparse.ArgumentParser(
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = module.run(arguments[1:])
     except CommandError as error:
         print(f"kdlvfm {called.command}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(error.code) from None
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
@@ -88,6 +96,7 @@ _EXTRAS = {
     "open_clip": "clip",
     "mmdet": "mmdet",
     "faster_coco_eval": "mmdet",
+    "submitit": "slurm",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
 }

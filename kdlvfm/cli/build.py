@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from kdlvfm.cli import CommandError
-from kdlvfm.cli.config import instantiate
+from kdlvfm.cli.composites import names_in
+from kdlvfm.cli.config import instantiate, options
+from kdlvfm.cli.list import read_about
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.core.levels import build_at_levels
 from kdlvfm.data.base import SampleData
@@ -132,6 +134,15 @@ def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) 
     return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
 
 
+def check_distiller(choices: Mapping[str, str]) -> None:
+    """Raise `CommandError` for a distiller, or a part of one, that is not for the task."""
+    known, task = options("distiller"), choices["task"]
+    for name in names_in(choices["distiller"]):
+        tasks = read_about("distiller", name)["tasks"] if name in known else [task]  # a part may be a node of one's own
+        if task not in tasks:
+            raise CommandError(f"{name} is for {', '.join(tasks)}: kdlvfm list distiller --task {task} shows others.")
+
+
 def build_distiller(node: Mapping[str, Any], context: Context) -> Distiller:
     """The distiller; for detection its methods are told which maps the networks have, see `kdlvfm.core.levels`.
 
@@ -180,6 +191,7 @@ def build(config: Mapping[str, Any]) -> Cell:
         CommandError: the cause, and what to change.
     """
     recipe, trainer = config["recipe"], config["trainer"]
+    check_distiller(config["choices"])
     data = build_data(config)
     task = build_task(config, data)
     torch.manual_seed(config["seed"])

@@ -10,7 +10,6 @@ from kdlvfm.cli import CommandError
 
 PART = "distiller@distiller.parts."
 _PLAIN = "compose"
-_AT, _COLON = "_at_", "\\:"
 
 Defaults = Callable[[str], Mapping[str, str]]
 """Name of a distiller's YAML file -> the parts that it names itself, part -> method; none if it takes none."""
@@ -78,19 +77,3 @@ def name_of(wrapper: str, methods: Sequence[str]) -> str:
     """The name of a method in run folders and tables: the shortest choice that makes it of these parts."""
     joined = "+".join(methods)
     return joined if wrapper == _PLAIN and len(methods) > 1 else f"{wrapper}:{joined}"
-
-
-def hidden(override: str) -> str:
-    """For a sweep, where Hydra combines choices of distillers and need not know what they mean: a value like others."""
-    key, equals, value = override.partition("=")
-    if key != "distiller" and not key.startswith(PART):
-        return override
-    return f"++hidden.{key.replace('@', _AT)}{equals}{value}"
-
-
-def shown(override: str) -> str:
-    """The override that `hidden` made so, as Hydra hands it on without its plus signs: it escapes colons."""
-    key, equals, value = override.partition("=")
-    if not key.startswith("hidden."):
-        return override
-    return f"{key.removeprefix('hidden.').replace(_AT, '@')}{equals}{value.replace(_COLON, ':')}"

@@ -7,17 +7,39 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import PART, check_composite, expanded, in_order, name_of, names_in
 
-GROUPS = ("teacher", "student", "distiller", "task", "data", "recipe", "trainer", "logger", "experiment", "debug")
+GROUPS = (
+    "teacher",
+    "student",
+    "distiller",
+    "task",
+    "data",
+    "recipe",
+    "trainer",
+    "logger",
+    "launcher",
+    "experiment",
+    "debug",
+)
 
 # An argument of a constructor may be set although its YAML does not name it: defaults live in the signature, and a
 # constructor refuses what it does not know.
-_OPEN = ("distiller.", "student.", "teacher.", "data.", "recipe.optimizer.", "recipe.schedule.", "recipe.augmentation.")
+_OPEN = (
+    "distiller.",
+    "student.",
+    "teacher.",
+    "data.",
+    "recipe.optimizer.",
+    "recipe.schedule.",
+    "recipe.augmentation.",
+    "launcher.",
+)
 
 # Where a configuration that was read from a run folder may name classes: what a student and its data are made of.
 _TRUSTED = re.compile(r"(?P<module>kdlvfm\.(models|data|tasks)\.\w+)\.(?P<name>\w+)")
@@ -87,8 +109,32 @@ def opened(overrides: Sequence[str]) -> list[str]:
     return [f"++{override}" if override.startswith(_OPEN) else override for override in added]
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """How the cells of a sweep are started, which is no part of a run.
+
+    Attributes:
+        name: the YAML file of the group `launcher`.
+        settings: what it holds.
+        swept: values that an experiment's `hydra.sweeper.params` gives, key -> values in Hydra's grammar of sweeps.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    swept: dict[str, str]
+
+
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration as plain dicts and lists; `choices` says which YAML each group came from.
+
+    Raises:
+        CommandError: an override that does not fit, or a value that is missing.
+    """
+    return compose_cell(overrides)[0]
+
+
+def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
+    """The same, and apart from it how it is started as a cell of a sweep.
 
     Raises:
         CommandError: an override that does not fit, or a value that is missing.
@@ -106,6 +152,8 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
             composed = hydra_compose("train", opened(written), return_hydra_config=True)
             chosen = composed.hydra.runtime.choices
             choices = {group: chosen[group] for group in GROUPS if chosen.get(group)}
+            params = composed.hydra.sweeper.params
+            swept = {} if params is None else {str(key): str(value) for key, value in params.items()}
             composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
@@ -117,12 +165,13 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         parts = config["distiller"]["parts"] = in_order(config["distiller"]["parts"], written)
         # A part that is a node of the user's own, not the choice of a name, goes by the name of the part.
         choices["distiller"] = name_of(choices["distiller"], [chosen.get(f"{PART}{part}", part) for part in parts])
+    launcher = Launcher(choices.pop("launcher"), config.pop("launcher"), swept)
     config["choices"] = choices
     _drop_about(config)
     if choices["distiller"] == "none" or choices["teacher"] == "none":
         # The baseline never sees a teacher: one run serves the comparison with every teacher.
         config["teacher"], choices["teacher"] = None, "none"
-    return config
+    return config, launcher
 
 
 def _drop_about(node: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import Cell, build, check_numbers
 from kdlvfm.cli.config import instantiate
+from kdlvfm.cli.lock import LOCK, RunLock
 from kdlvfm.cli.runs import WEIGHTS, read_run
 from kdlvfm.core import Teacher
 from kdlvfm.reporting import record as records
@@ -27,31 +29,47 @@ from kdlvfm.training.fit import evaluate, fit
 
 Loader = Callable[[], Iterable[Any]]
 
+# Where the starters of several processes say which of them one is; none of them set means one process.
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+
 
 def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
     """One run from its resolved configuration to its record."""
     check_numbers(config)
     if config["run"]["threads"]:
         torch.set_num_threads(config["run"]["threads"])
-    progress = config["run"]["progress"]
-    config["run"]["progress"] = progress = (
-        ("bar" if sys.stdout.isatty() else "line") if progress == "auto" else progress
-    )
+    if config["run"]["progress"] == "auto":
+        config["run"]["progress"] = "bar" if sys.stdout.isatty() else "line"
     folder = run_folder(config)
     path = folder / "record.json"
-    earlier = _earlier(path, config)
-    if earlier is not None and earlier["status"] == "finished":
-        print(f"{folder} is finished; nothing to do.")
-        _closing(folder, earlier)
+    if _is_finished(path, config):
         return 0
-
     cell = build(config)
-    record = _opening_record(config, overrides, cell, earlier)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"{folder} cannot be made ({error.strerror}); choose another with out=FOLDER.") from error
-    lead = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    lead = all(os.environ.get(rank, "0") == "0" for rank in _RANKS)
+    with RunLock(folder) if lead else nullcontext():
+        # Another process may have had the lock, and finished the run, while this one was being built.
+        return 0 if _is_finished(path, config) else _compute(config, overrides, cell, folder, lead)
+
+
+def _is_finished(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do; it says so."""
+    earlier = _earlier(path, config)
+    if earlier is None or earlier["status"] != "finished":
+        return False
+    print(f"{path.parent} is finished; nothing to do.")
+    _closing(path.parent, earlier)
+    return True
+
+
+def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folder: Path, lead: bool) -> int:
+    """Training, evaluation and what is written about them; `lead`: this process of the run does the writing."""
+    path = folder / "record.json"
+    earlier = _earlier(path, config)
+    record = _opening_record(config, overrides, cell, earlier)
 
     def save(**fields: Any) -> None:
         record.update(fields)
@@ -72,7 +90,7 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
             selection=config["recipe"]["selection"],
             val_every=config["recipe"]["val_every"],
             checkpoint_every=config["run"]["checkpoint_every"],
-            progress=progress,
+            progress=config["run"]["progress"],
             diagnose_every=config["run"]["diagnose_every"],
             dead_term_steps=config["run"]["dead_term_steps"],
         )
@@ -130,7 +148,7 @@ def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if path.parent.exists() and not path.parent.is_dir():
         raise CommandError(f"{path.parent} is a file; choose a folder with out=FOLDER.")
     if not path.exists():
-        if path.parent.exists() and any(path.parent.iterdir()):
+        if path.parent.exists() and any(file.name != LOCK for file in path.parent.iterdir()):
             raise CommandError(f"{path.parent} holds other files and no run; choose another folder with out=FOLDER.")
         return None
     try:

@@ -21,8 +21,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders that hold some")
     parser.add_argument("--split", default="test", help="split whose metrics are compared (default: test)")
     parser.add_argument("--metric", help="metric to compare (default: the task's, mIoU or mAP)")
-    parser.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write table.md and table.csv there")
+    parser.add_argument("--format", choices=("terminal", "markdown", "csv", "latex"), default="terminal")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write table.md, table.csv and table.tex there")
     options = parser.parse_args(arguments)
     print_table(options.runs, options.split, options.metric, options.format, options.out)
     return 0
@@ -41,6 +41,7 @@ def print_table(
         CommandError: there is no record to show.
     """
     from kdlvfm.reporting.collect import collect
+    from kdlvfm.reporting.latex import to_latex
     from kdlvfm.reporting.render import to_csv, to_markdown, to_rich
     from kdlvfm.reporting.tables import summarise
 
@@ -60,8 +61,9 @@ def print_table(
         # A log has no width of its own; rich would assume 80 columns and fold the table.
         Console(width=None if console.is_terminal else 120).print(to_rich(table))
     else:
-        print(to_markdown(table) if form == "markdown" else to_csv(table), end="")
+        print({"markdown": to_markdown, "csv": to_csv, "latex": to_latex}[form](table), end="")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "table.md").write_text(to_markdown(table), encoding="utf-8")
         (out / "table.csv").write_text(to_csv(table), encoding="utf-8")
+        (out / "table.tex").write_text(to_latex(table), encoding="utf-8")

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Sequence
 
 from kdlvfm.cli import CommandError
-from kdlvfm.cli.composites import hidden, shown
-from kdlvfm.cli.config import GROUPS, check_names, compose, config_dir, opened, options
+from kdlvfm.cli.config import GROUPS, Launcher, compose, options
 
 _HELP = """\
 usage: kdlvfm train [-m] [--print-config] [GROUP=NAME ...] [KEY=VALUE ...]
 
 Train a student. A finished run is not repeated, an interrupted one goes on where it stopped.
 
-  -m, --multirun   every combination of comma-separated values: distiller=none,kd seed=0,1,2
+  -m, --multirun   a sweep: every combination of comma-separated values, distiller=none,kd seed=0,1,2. What is finished
+                   is left alone, what was interrupted goes on, and a cell that fails stops no other
   --print-config   show the resolved configuration and stop
 
 groups:
@@ -32,11 +30,17 @@ often set:
   distiller=kd+cwd            several distillers in one run: distiller.parts.cwd.loss_weight=5
                               distiller.weights.cwd.share=0.1  distiller.weights.kd.warmup=0.2
 
+of a sweep:
+  out=FOLDER                  for all its runs, each in a folder of its own
+  launcher.jobs=4             four at a time on this machine, each on a GPU of its own if there are several
+  launcher=slurm              jobs of a cluster: launcher.partition=gpu launcher.time=240
+  launcher.retry=true         what failed is tried again
+
 examples:
   kdlvfm train data=digit_scenes teacher=digit_scenes_vit distiller=kd student=resnet18_fpn recipe=digit_scenes
   kdlvfm train -m distiller=none,fitnet,cwd,fitnet+cwd seed=0,1,2 data=camvid teacher=dinov3_vits16
 
-`kdlvfm list` shows all names with licences and papers; `kdlvfm inspect` shows taps.
+`kdlvfm list` shows all names with licences and papers, `kdlvfm inspect` taps, `kdlvfm status` how far a sweep is.
 """
 
 
@@ -52,7 +56,11 @@ def run(arguments: Sequence[str]) -> int:
     if unknown:
         raise CommandError(f"unknown option {' '.join(sorted(unknown))}; see kdlvfm train --help.")
     if {"-m", "--multirun"} & set(flags):
+        if "--print-config" in flags:
+            raise CommandError("--print-config shows one run: leave -m out.")
         return _multirun(overrides)
+    if any(override.startswith("launcher") for override in overrides):
+        raise CommandError("launcher= is about sweeps: add -m.")
     config = compose(overrides)
     if "--print-config" in flags:
         from omegaconf import OmegaConf
@@ -64,36 +72,53 @@ def run(arguments: Sequence[str]) -> int:
     return train(config, overrides)
 
 
+def _check_launcher(launcher: Launcher) -> None:
+    """Raise `CommandError` for settings that no cell can be started with."""
+    settings = launcher.settings
+    for key, kind in (("retry", bool), ("wait", bool), ("jobs", int)):
+        if key in settings and (type(settings[key]) is not kind or (kind is int and settings[key] < 1)):
+            wanted = "true or false" if kind is bool else "a number from 1"
+            raise CommandError(f"launcher.{key} must be {wanted}, not {settings[key]!r}.")
+    if launcher.name == "slurm":
+        from kdlvfm.cli.slurm import check_settings
+
+        check_settings(settings)
+
+
 def _wrap(names: Sequence[str], indent: int) -> str:
     return textwrap.fill(", ".join(names), 118 - indent, break_on_hyphens=False).replace("\n", "\n" + " " * indent)
 
 
 def _multirun(overrides: Sequence[str]) -> int:
-    """Hydra expands the combinations; each cell is a process of its own, so one that fails stops no other."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    """Every combination: what is finished is left alone, and a cell that fails stops no other."""
+    from kdlvfm.cli import slurm
+    from kdlvfm.cli.launch import INTERRUPTED, side_by_side, summarise
+    from kdlvfm.cli.sweep import Cell, plan
 
-    from kdlvfm.cli.lifecycle import command_line
-
-    check_names(overrides)
-    failed: list[str] = []
-
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
-    def cell(_: DictConfig) -> None:
-        own = [shown(override.removeprefix("++")) for override in HydraConfig.get().overrides.task]
-        print(f"\n{command_line(own)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "kdlvfm", "train", *own], check=False).returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            failed.append(command_line(own))
-
-    kept, sys.argv = sys.argv, ["kdlvfm", "-m", *opened([hidden(override) for override in overrides])]
+    sweep, launchers = plan(overrides)
+    alike: dict[str, list[Cell]] = {}
+    for cell, launcher in launchers.items():
+        alike.setdefault(repr(launcher), []).append(cell)
+        _check_launcher(launcher)
+    sweep.write()
+    print(f"{len(sweep.cells)} cells, {sweep.folder}", flush=True)
+    for cells in alike.values():
+        launcher = launchers[cells[0]]
+        due = [cell for cell in sweep.due(launcher.settings["retry"]) if cell in cells]
+        if launcher.name == "slurm":
+            slurm.submit(sweep, due, launcher.settings)
+        elif not side_by_side(sweep, due, launcher.settings["jobs"]):
+            print("\nInterrupted. The same command goes on where it stopped.")
+            return INTERRUPTED
+    submitted = [cell for cell, launcher in launchers.items() if launcher.name == "slurm"]
+    awaited = [cell for cell in submitted if launchers[cell].settings["wait"]]
     try:
-        cell()
-    finally:
-        sys.argv = kept
-    for command in failed:
-        print(f"failed: {command}", file=sys.stderr)
-    return 1 if failed else 0
+        if awaited:
+            slurm.wait(sweep, awaited)
+    except KeyboardInterrupt:
+        print(f"\nThe jobs go on. kdlvfm status {sweep.folder} shows them, scancel ends them.")
+        return INTERRUPTED
+    if len(awaited) < len(submitted):
+        print(f"next   kdlvfm status {sweep.folder}")
+        return 0
+    return summarise(sweep)

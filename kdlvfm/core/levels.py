@@ -114,7 +114,7 @@ def build_at_levels(context: Context, method: type[Distiller], **hparams: Any) -
 class Levels(Distiller):
     """One method at several pairs of maps, each with networks of its own; terms of one name are added.
 
-    So do the authors of PKD, MGD and CWD at the levels of a detector's pyramid, with the same weight for each.
+    So do the authors of PKD, MGD and FGD with a detector's pyramid, all levels with one weight.
 
     Args:
         levels: the distillers.

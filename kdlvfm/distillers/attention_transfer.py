@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Self
 
-from kdlvfm.core import Distiller, Features
+from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, match_size, normalise_target, promote
 
 
@@ -67,7 +68,8 @@ class AT(Distiller):
     Args:
         loss_weight: weight of the term. 1000 is mdistiller's for each pair on CIFAR-100, whose maps have about as many
             positions as a ViT's; CIRKD's re-run for segmentation uses 10 000 on maps of 64 x 128. The loss is about as
-            small as its number of positions is large.
+            small as its number of positions is large: for detection `from_context` takes 10 (ours), since the coarsest
+            levels of a pyramid have few.
         power: exponent of the activations.
         student_taps: the student's maps.
         teacher_taps: the teacher's maps, one for each of the student's; one map may be named several times.
@@ -111,6 +113,11 @@ class AT(Distiller):
         self.power = power
         self.resize = resize
         self.target = target
+
+    @classmethod
+    def from_context(cls, context: Context, **hparams: Any) -> Self:
+        """As the constructor, with a weight of its own for detection."""
+        return cls(**{**({"loss_weight": 10.0} if context.task.truth == "boxes" else {}), **hparams})
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `attention_transfer`."""

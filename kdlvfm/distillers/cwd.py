@@ -114,15 +114,13 @@ class CWD(Distiller):
     def from_context(cls, context: Context, **hparams: Any) -> Self:
         """Reads both channel counts from the taps.
 
-        A teacher without classes, and so without logits, has its maps standardised: the last ones if no tap is given.
+        Of a detector, or where the teacher has no classes and so no logits, maps are distilled, standardised; the last
+        ones if no tap is given.
         """
-        if "logits" not in context.require_teacher().taps():
-            taps = (
-                {}
-                if hparams.keys() & {"student_tap", "teacher_tap"}
-                else {"student_tap": "map.-1", "teacher_tap": "map.-1"}
-            )
-            hparams = {"standardize": True, **taps, **hparams}
+        if context.task.truth == "boxes" or "logits" not in context.require_teacher().taps():
+            hparams = {"standardize": True, **hparams}
+            if not hparams.keys() & {"student_tap", "teacher_tap"}:
+                hparams |= {"student_tap": "map.-1", "teacher_tap": "map.-1"}
         return cls(**context.tap_dims(cls, hparams), **hparams)
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:

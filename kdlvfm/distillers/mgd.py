@@ -73,7 +73,7 @@ class MGD(Distiller):
     """Generation of the teacher's map from the student's, most of which is masked.
 
     For segmentation the authors add CWD on the logits (weight 3, temperature 4), which is a distiller of its own here.
-    For several levels, as of a detector's pyramid, build one for each.
+    A detector's pyramid has one for each level, see `kdlvfm.core.levels`.
 
     Args:
         student_dim: channels of the student's map.

@@ -62,8 +62,8 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class PKD(Distiller):
     """Correlation of feature maps, insensitive to the mean and the scale of every channel.
 
-    The choice for networks of different kinds: a ViT's few channels of very large norm weigh as much as any other. For
-    several levels, as of a detector's pyramid, build one for each.
+    The choice for networks of different kinds: a ViT's few channels of very large norm weigh as much as any other. A
+    detector's pyramid has one for each level, see `kdlvfm.core.levels`.
 
     Args:
         student_dim: channels of the student's map.

@@ -105,7 +105,8 @@ def _sides_of(head: Any) -> Callable[[Tensor], Tensor] | None:
     def sides(deltas: Tensor) -> Tensor:
         from mmdet.structures.bbox import get_box_tensor
 
-        rows = deltas.unflatten(1, (-1, 4)).movedim(2, -1)  # (B, A, H, W, 4)
+        batch, _, height, width = deltas.shape
+        rows = deltas.reshape(batch, -1, 4, height, width).movedim(2, -1)
         anchor = rows.new_tensor([-0.5, -0.5, 0.5, 0.5]).expand(rows.numel() // 4, 4)
         boxes = get_box_tensor(coder.decode(anchor, rows.reshape(-1, 4)))
         distances: Tensor = boxes * boxes.new_tensor([-1.0, -1.0, 1.0, 1.0])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _NOTHING = "–"
-_METRIC_NAMES = {"miou": "mIoU"}
+METRIC_NAMES = {"miou": "mIoU"}
 _VERDICT_STYLES = {"better": "green", "worse": "red", "not shown": "dim"}
 _ROLE_STYLES = {"teacher": "cyan", "baseline": "bold", "method": ""}
 
@@ -36,7 +36,7 @@ def to_rich(table: Table) -> Group:
 
     parts: list[Any] = []
     for block in table.blocks:
-        title, *details = _heading(block)
+        title, *details = heading(block)
         parts += [Text(title, "bold"), *(Text(line, "dim") for line in details)]
         grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="none")
         columns = _columns(block)
@@ -62,7 +62,7 @@ def to_markdown(table: Table) -> str:
     """The table in GitHub's Markdown, with a heading for each block and its warnings and notes as a list."""
     lines: list[str] = []
     for block in table.blocks:
-        title, *details = _heading(block)
+        title, *details = heading(block)
         columns = _columns(block)
         lines += [f"### {title}", "", *(f"{detail}  " for detail in details), ""]
         lines.append(_markdown_line([f"{column.title}<br>{column.unit}".removesuffix("<br>") for column in columns]))
@@ -86,7 +86,8 @@ def to_csv(table: Table) -> str:
     return stream.getvalue()
 
 
-def _heading(block: Block) -> list[str]:
+def heading(block: Block) -> list[str]:
+    """The title of a block, then the lines below it."""
     lines = [f"{block.data}, {block.split} split", f"Student: {block.student}. Recipe: {block.recipe}."]
     if block.teacher is not None:
         weights = "RANDOM weights" if block.teacher["weights"] == "random" else f"{block.teacher['weights']} weights"
@@ -98,9 +99,9 @@ def _heading(block: Block) -> list[str]:
 def _columns(block: Block) -> list[_Column]:
     columns = [
         _Column("method", "", lambda row: row.method),
-        _Column(_METRIC_NAMES.get(block.metric, block.metric), "%", _score),
+        _Column(METRIC_NAMES.get(block.metric, block.metric), "%", _score),
         _Column("vs baseline", "points [95 % CI]", _difference),
-        _Column("gap", "% closed", lambda row: _number(row.gap_closed, 100, ".0f")),
+        _Column("gap", "% closed [95 % CI]", _gap),
     ]
     if any(row.difference and row.difference.verdict for row in block.rows):
         columns.append(_Column("verdict", "", lambda row: (row.difference and row.difference.verdict) or _NOTHING))
@@ -110,7 +111,7 @@ def _columns(block: Block) -> list[_Column]:
         _Column("MACs", "G", lambda row: _size(row.macs, 1e9)),
         _Column("training", "images/s", lambda row: _number(row.images_per_second, 1, ",.0f")),
         _Column("teacher", "% of step", lambda row: _number(row.teacher_share, 100, ".0f")),
-        _Column("seeds", "", _runs),
+        _Column("seeds", "", runs_text),
     ]
 
 
@@ -142,7 +143,15 @@ def _difference(row: Row) -> str:
     return f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _runs(row: Row) -> str:
+def _gap(row: Row) -> str:
+    text = _number(row.gap_closed, 100, ".0f")
+    if row.gap_interval is None:
+        return text
+    low, high = row.gap_interval
+    return f"{text} [{round(100 * low)}, {round(100 * high)}]"
+
+
+def runs_text(row: Row) -> str:
     """`3`, or `2, 1 failed` where not every run finished."""
     if not row.runs:
         return _NOTHING
@@ -176,10 +185,15 @@ def _flat(block: Block, row: Row) -> dict[str, Any]:
         "difference_high_95_fraction": interval[1],
         "paired_seeds": row.difference and row.difference.count,
         "gap_closed_fraction": row.gap_closed,
+        "gap_low_95_fraction": row.gap_interval and row.gap_interval[0],
+        "gap_high_95_fraction": row.gap_interval and row.gap_interval[1],
+        "p_value_holm": row.difference and row.difference.p_value,
         "verdict": row.difference and row.difference.verdict,
         "parameters": row.parameters,
         "macs": row.macs,
         "images_per_second": row.images_per_second,
+        "train_seconds": row.train_seconds,
+        "peak_memory_mib": row.peak_memory_mib,
         "teacher_share_fraction": row.teacher_share,
         **{status: runs.get(status, 0) for status in ("finished", "running", "interrupted", "failed")},
     }

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Verdict = Literal["better", "worse", "not shown"]
 
 SEEDS_FOR_A_VERDICT = 3
+SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,25 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference over `count` seeds and its two-sided t-interval; no interval for a single seed."""
+    """Mean paired difference over `count` seeds, its two-sided t-interval and the p-value of the paired t-test.
+
+    A single seed has neither interval nor p-value. Where several methods meet one baseline, `p_value` is the corrected
+    one (see `correct_for_many`); the interval is always that of the one comparison.
+    """
 
     count: int
     mean: float
     interval: tuple[float, float] | None
+    p_value: float | None = None
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the interval shows; `None` with fewer than three paired seeds, from which nothing is concluded."""
-        if self.interval is None or self.count < SEEDS_FOR_A_VERDICT:
+        """What the test shows at 5 %; `None` with fewer than three paired seeds, from which nothing is concluded."""
+        if self.p_value is None or self.count < SEEDS_FOR_A_VERDICT:
             return None
-        low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "not shown"
+        if self.p_value >= SIGNIFICANCE:
+            return "not shown"
+        return "better" if self.mean > 0 else "worse"
 
 
 def summarise_values(values: Sequence[float]) -> Summary | None:
@@ -55,17 +62,40 @@ def paired_difference(
     The interval is that of the paired t-test: mean +- t(n - 1) * std / sqrt(n). Pairing by seed removes the spread that
     both share (initialisation, order and augmentation of the images).
     """
-    from scipy.special import stdtrit
+    from scipy.special import stdtr, stdtrit
 
     paired = summarise_values([method[seed] - baseline[seed] for seed in sorted(method.keys() & baseline.keys())])
     if paired is None:
         return None
-    interval = None
-    if paired.std is not None:
-        quantile = float(stdtrit(paired.count - 1, (1 + confidence) / 2))
-        half = quantile * paired.std / math.sqrt(paired.count)
-        interval = (paired.mean - half, paired.mean + half)
-    return Difference(paired.count, paired.mean, interval)
+    if paired.std is None:
+        return Difference(paired.count, paired.mean, None)
+    error = paired.std / math.sqrt(paired.count)
+    half = float(stdtrit(paired.count - 1, (1 + confidence) / 2)) * error
+    statistic = abs(paired.mean) / error if error else math.inf if paired.mean else 0.0
+    p_value = 2 * float(stdtr(paired.count - 1, -statistic))
+    return Difference(paired.count, paired.mean, (paired.mean - half, paired.mean + half), p_value)
+
+
+def correct_for_many(differences: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The same differences with p-values corrected for their number, by Holm's step-down procedure.
+
+    The chance that any method without effect gets a verdict stays below 5 %. Those with too few seeds for a verdict
+    are no part of the family and come back as they were.
+
+    Source:
+        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
+    """
+    corrected = dict(differences)
+    ranked = sorted(
+        (difference.p_value, name)
+        for name, difference in differences.items()
+        if difference.p_value is not None and difference.count >= SEEDS_FOR_A_VERDICT
+    )
+    highest = 0.0
+    for rank, (p_value, name) in enumerate(ranked):
+        highest = max(highest, min(1.0, (len(ranked) - rank) * p_value))
+        corrected[name] = replace(differences[name], p_value=highest)
+    return corrected
 
 
 def gap_closed(method: Mapping[int, float], baseline: Mapping[int, float], teacher: float | None) -> float | None:
@@ -80,3 +110,34 @@ def gap_closed(method: Mapping[int, float], baseline: Mapping[int, float], teach
     start = statistics.fmean(baseline[seed] for seed in seeds)
     reached = statistics.fmean(method[seed] for seed in seeds)
     return (reached - start) / (teacher - start) if teacher > start else None
+
+
+def gap_interval(
+    method: Mapping[int, float], baseline: Mapping[int, float], teacher: float | None, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of `gap_closed` over the shared seeds, which takes into account that the gap itself is measured.
+
+    All shares r for which a paired t-test does not reject that method - baseline is r times teacher - baseline; the
+    teacher's level counts as exact. `None` where `gap_closed` is, with a single seed, and if even the gap is not
+    distinguishable from zero, which leaves the share without bounds.
+
+    Source:
+        Fieller, Some problems in interval estimation, Journal of the Royal Statistical Society B 1954.
+    """
+    from scipy.special import stdtrit
+
+    seeds = sorted(method.keys() & baseline.keys())
+    if teacher is None or len(seeds) < 2 or gap_closed(method, baseline, teacher) is None:
+        return None
+    gains = [method[seed] - baseline[seed] for seed in seeds]
+    gaps = [teacher - baseline[seed] for seed in seeds]
+    gain, gap = statistics.fmean(gains), statistics.fmean(gaps)
+    factor = float(stdtrit(len(seeds) - 1, (1 + confidence) / 2)) ** 2 / len(seeds)
+    # The borders are the roots of a r^2 - 2 b r + c, where the test's statistic equals its quantile.
+    a = gap**2 - factor * statistics.variance(gaps)
+    b = gain * gap - factor * statistics.covariance(gains, gaps)
+    c = gain**2 - factor * statistics.variance(gains)
+    if a <= 0:
+        return None
+    half = math.sqrt(max(0.0, b**2 - a * c))
+    return (b - half) / a, (b + half) / a

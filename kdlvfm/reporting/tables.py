@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
+from kdlvfm.reporting.cells import Cell, label_methods, make_cell, score_of, split_hash, teacher_key
 from kdlvfm.reporting.collect import preference
-from kdlvfm.reporting.record import BASELINE, Record, flatten
+from kdlvfm.reporting.record import BASELINE, Record
 from kdlvfm.reporting.statistics import (
     SEEDS_FOR_A_VERDICT,
     Difference,
     Summary,
+    correct_for_many,
     gap_closed,
+    gap_interval,
     paired_difference,
     summarise_values,
 )
@@ -30,13 +33,17 @@ class Row:
         role: what the line is for.
         method: the distiller, with the settings that tell it from its variants in the same block.
         score: the metric over the finished seeds.
-        difference: to the baseline, paired by seed.
+        difference: to the baseline, paired by seed; its p-value is corrected for the number of methods of the block.
         gap_closed: share of the gap between baseline and teacher.
+        gap_interval: its 95 % interval, with two paired seeds or more.
         parameters: of the network whose score it is (student, or the teacher in its own line).
         macs: of that network, for one image.
         images_per_second: training throughput, mean of the finished runs.
+        train_seconds: duration of the training, mean of the finished runs.
+        peak_memory_mib: mean of the finished runs.
         teacher_share: fraction of the training time spent in the teacher, mean of the finished runs.
         runs: number of runs by status.
+        records: the runs themselves, by seed.
     """
 
     role: Literal["teacher", "baseline", "method"]
@@ -44,11 +51,15 @@ class Row:
     score: Summary | None = None
     difference: Difference | None = None
     gap_closed: float | None = None
+    gap_interval: tuple[float, float] | None = None
     parameters: int | None = None
     macs: int | None = None
     images_per_second: float | None = None
+    train_seconds: float | None = None
+    peak_memory_mib: float | None = None
     teacher_share: float | None = None
     runs: Mapping[str, int] | None = None
+    records: tuple[Record, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -85,15 +96,6 @@ class Table:
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """The runs of one method, seed -> record, and their scores, seed -> fraction."""
-
-    runs: dict[int, Record]
-    scores: dict[int, float]
-    repeated: list[int]
-
-
 def summarise(records: Iterable[Record], split: str = "test", metric: str | None = None) -> Table:
     """The table of `records`, in an order that does not depend on theirs.
 
@@ -109,7 +111,7 @@ def summarise(records: Iterable[Record], split: str = "test", metric: str | None
     for record in sorted(records, key=lambda record: (record["name"], record["seed"], record["config_hash"])):
         recipes[record["data"]["name"], record["student"]["name"], record["recipe_hash"]].append(record)
     finished = [record for group in recipes.values() for record in group if record["status"] == "finished"]
-    if finished and all(_score(record, split, metric) is None for record in finished):
+    if finished and all(score_of(record, split, metric) is None for record in finished):
         known = sorted(
             {
                 f"{part}/{name}"
@@ -125,23 +127,23 @@ def summarise(records: Iterable[Record], split: str = "test", metric: str | None
     for _, group in sorted(recipes.items()):
         # A baseline never looks at its teacher, so it stands in the block of each teacher of its recipe.
         methods = [record for record in group if record["distiller"]["name"] != BASELINE]
-        for teacher in sorted({_teacher_key(record) for record in methods or group}):
+        for teacher in sorted({teacher_key(record) for record in methods or group}):
             blocks.append(_block(group, teacher, split, metric))
     return Table(tuple(blocks))
 
 
-def _block(group: Sequence[Record], teacher_key: tuple[str, ...], split: str, metric: str | None) -> Block:
+def _block(group: Sequence[Record], key_of_teacher: tuple[str, ...], split: str, metric: str | None) -> Block:
     cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in group:
         distiller = record["distiller"]
         if distiller["name"] == BASELINE:
             cells[BASELINE, ""].append(record)
-        elif _teacher_key(record) == teacher_key:
+        elif teacher_key(record) == key_of_teacher:
             cells[distiller["name"], json.dumps(distiller["settings"], sort_keys=True)].append(record)
-    labels = _labels(cells)
-    methods = {labels[key]: _cell(cells[key], split, metric) for key in sorted(cells, key=lambda key: labels[key])}
-    baseline = methods.pop("baseline", _Cell({}, {}, []))
-    cards = [record["teacher"] for record in group if _teacher_key(record) == teacher_key and record["teacher"]]
+    labels = label_methods(cells)
+    methods = {labels[key]: make_cell(cells[key], split, metric) for key in sorted(cells, key=lambda key: labels[key])}
+    baseline = methods.pop("baseline", Cell({}, {}, []))
+    cards = [record["teacher"] for record in group if teacher_key(record) == key_of_teacher and record["teacher"]]
     level, warnings = _teacher_level(cards, split, metric or group[0]["task"]["primary_metric"])
 
     rows = []
@@ -168,7 +170,7 @@ def _block(group: Sequence[Record], teacher_key: tuple[str, ...], split: str, me
         pairs = {
             seed: score
             for seed, score in baseline.scores.items()
-            if seed not in cell.runs or _split_hash(cell.runs[seed]) == _split_hash(baseline.runs[seed])
+            if seed not in cell.runs or split_hash(cell.runs[seed]) == split_hash(baseline.runs[seed])
         }
         if len(pairs) < len(baseline.scores):
             warnings.append(f"{label}: some seeds saw other data than the baseline's and are not paired.")
@@ -177,9 +179,17 @@ def _block(group: Sequence[Record], teacher_key: tuple[str, ...], split: str, me
                 f"{label}: the baseline shares {len(shared)} of {len(cell.scores)} seeds; differences are over those."
             )
         rows.append(_row("method", label, cell, pairs, level.mean if level else None))
-    differences = [row.difference for row in rows if row.role == "method" and row.difference]
-    if differences and not any(difference.verdict for difference in differences):
+    differences = correct_for_many(
+        {row.method: row.difference for row in rows if row.role == "method" and row.difference}
+    )
+    rows = [replace(row, difference=differences.get(row.method, row.difference)) for row in rows]
+    tested = sum(difference.verdict is not None for difference in differences.values())
+    if differences and not tested:
         notes.append(f"Fewer than {SEEDS_FOR_A_VERDICT} paired seeds: no verdict.")
+    if tested > 1:
+        notes.append(
+            f"Verdicts: paired t-tests at 5 %, corrected for {tested} methods (Holm); intervals are not corrected."
+        )
     student = group[0]["student"]
     return Block(
         data=group[0]["data"]["name"],
@@ -195,7 +205,7 @@ def _block(group: Sequence[Record], teacher_key: tuple[str, ...], split: str, me
 
 
 def _row(
-    role: Literal["baseline", "method"], label: str, cell: _Cell, baseline: Mapping[int, float], teacher: float | None
+    role: Literal["baseline", "method"], label: str, cell: Cell, baseline: Mapping[int, float], teacher: float | None
 ) -> Row:
     runs = sorted(cell.runs.values(), key=preference, reverse=True)
     costs = [record["cost"] for record in runs if record["status"] == "finished"]
@@ -210,45 +220,19 @@ def _row(
         score=summarise_values([cell.scores[seed] for seed in sorted(cell.scores)]),
         difference=paired_difference(cell.scores, baseline),
         gap_closed=gap_closed(cell.scores, baseline, teacher),
+        gap_interval=gap_interval(cell.scores, baseline, teacher),
         parameters=runs[0]["student"]["parameters"],
         macs=runs[0]["student"]["macs"],
         images_per_second=mean("images_per_second"),
+        train_seconds=mean("train_seconds"),
+        peak_memory_mib=mean("peak_memory_mib"),
         teacher_share=mean("teacher_share"),
         runs=dict(sorted(Counter(record["status"] for record in runs).items())),
+        records=tuple(cell.runs.values()),
     )
 
 
-def _cell(records: Sequence[Record], split: str, metric: str | None) -> _Cell:
-    runs: dict[int, Record] = {}
-    for record in sorted(records, key=preference):
-        runs[record["seed"]] = record
-    scores = {seed: _score(record, split, metric) for seed, record in runs.items() if record["status"] == "finished"}
-    count = Counter(record["seed"] for record in records)
-    return _Cell(
-        runs=dict(sorted(runs.items())),
-        scores={seed: score for seed, score in sorted(scores.items()) if score is not None},
-        repeated=sorted(seed for seed in count if count[seed] > 1),
-    )
-
-
-def _labels(cells: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """A name for each method: the distiller's, with the settings in which its variants differ."""
-    variants: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for name, settings in cells:
-        variants[name].append(flatten(json.loads(settings or "{}")))
-    labels = {}
-    for name, settings in cells:
-        own = flatten(json.loads(settings or "{}"))
-        differing = [
-            f"{key}={own[key]}"
-            for key in sorted(own)
-            if any(key not in variant or variant[key] != own[key] for variant in variants[name])
-        ]
-        labels[name, settings] = "baseline" if name == BASELINE else " ".join([name, *differing])
-    return labels
-
-
-def _notes(cells: Mapping[str, _Cell], warnings: list[str], split: str) -> list[str]:
+def _notes(cells: Mapping[str, Cell], warnings: list[str], split: str) -> list[str]:
     """Notes on the runs of `cells`; what weakens a conclusion is added to `warnings`."""
     notes = []
     for label, cell in cells.items():
@@ -276,21 +260,3 @@ def _teacher_level(cards: Sequence[Mapping[str, Any]], split: str, metric: str) 
     spread = max(known) - min(known)
     warnings = [f"The teacher's score differs between runs by {100 * spread:.2f} points."] if spread > 1e-4 else []
     return Summary(1, fmean(known), None), warnings
-
-
-def _score(record: Record, split: str, metric: str | None) -> float | None:
-    value = record["metrics"].get(split, {}).get(metric or record["task"]["primary_metric"])
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _teacher_key(record: Record) -> tuple[str, ...]:
-    """What makes two teachers the same: name and weights; all random weights of one network count as one teacher."""
-    card = record["teacher"]
-    if card is None:
-        return ()
-    random = card["weights"] == "random"
-    return card["name"], card["weights"], "" if random else card["sha256"] or card["source"] or ""
-
-
-def _split_hash(record: Record) -> str:
-    return str(record["data"]["split_hash"])

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kdlvfm.training.module import DistillationModule
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became infinite or NaN."""
@@ -24,9 +26,10 @@ class NonFiniteLossError(RuntimeError):
 class Checkpointer(Callback):
     """Writes `last.ckpt` every so many steps, and once more when a signal asks the run to stop.
 
-    The first SIGINT or SIGTERM lets the current step finish, saves and stops; a second SIGINT stops at once. Where a
-    validation follows the step, saving waits for it: a resumed run would not make up for it. So this callback comes
-    after those that keep what validations find.
+    The first SIGINT or SIGTERM, or SIGUSR1 or SIGUSR2 by which clusters announce the end of a job's time, lets the
+    current step finish, saves and stops; a second SIGINT stops at once. Where a validation follows the step, saving
+    waits for it: a resumed run would not make up for it. So this callback comes after those that keep what validations
+    find.
 
     Args:
         path: the checkpoint file; it is replaced atomically, so a kill at any moment leaves a whole one.
@@ -51,7 +54,7 @@ class Checkpointer(Callback):
             if trainer.is_global_zero:
                 print("\nStopping after this step; the checkpoint is saved. Again to stop at once.", file=sys.stderr)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOPPING:
             self._previous[number] = signal.signal(number, stop)
 
     def on_train_batch_end(

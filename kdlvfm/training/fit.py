@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -172,6 +173,8 @@ def fit(
         # Frozen encoders stay in eval mode on purpose; the loader's worker count is the user's decision.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         warnings.filterwarnings("ignore", r"The '\w+' does not have many workers")
+        # A run outside a job on a machine of a cluster is the user's decision too.
+        warnings.filterwarnings("ignore", "The `srun` command is available")
         # Ours are resumable: `start_step` is set in `DistillationModule.on_load_checkpoint`.
         # Lightning 2.6 under newer releases of torch.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
@@ -213,10 +216,17 @@ def _progress(kind: str, steps: int) -> list[Callback]:
 
 
 def _strategy(trainer: Mapping[str, Any], module: DistillationModule) -> dict[str, Any]:
-    """A distiller with several groups moves a part of the parameters at a time, which DDP must be told."""
+    """The trainer's arguments with what they do not know.
+
+    A distiller with several groups moves a part of the parameters at a time, which DDP must be told; and who saves and
+    requeues a job of a cluster.
+    """
     chosen = dict(trainer)
     if chosen.get("strategy") == "ddp":
         chosen["strategy"] = DDPStrategy(find_unused_parameters=module.moves_subsets)
+    if SLURMEnvironment.detect():
+        # Lightning would answer the cluster's signal with a checkpoint of its own, and requeue the job by itself.
+        chosen["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     return chosen
 
 

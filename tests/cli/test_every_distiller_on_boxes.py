@@ -4,10 +4,12 @@
 import json
 
 import pytest
+import torch
 
 from kdlvfm.cli import main
 from kdlvfm.cli.config import options
 from kdlvfm.cli.list import read_about
+from kdlvfm.models.mmdet import MMDetModel
 
 pytest.importorskip("mmdet")
 pytestmark = pytest.mark.slow
@@ -17,6 +19,7 @@ JOINED = ["kd+fitnet", "sckd:kd+pkd"]
 # What reads the teacher's predictions or the maps of its pyramid, so that an encoder cannot be its teacher.
 NEED_A_HEAD = {"kd", "score_kd", "ld", "crosskd"}
 LEVELS = [f"fpn.{i}" for i in range(5)]
+STAGES = ["map.-3", "map.-2", "map.-1"]
 
 FEW = (
     "task=detection",
@@ -90,7 +93,7 @@ def test_trains_with_a_detector_as_teacher(record_of, teacher_of, name):
 def test_trains_with_an_encoder_as_teacher(record_of, name):
     taps = record_of(*VIT, f"distiller={name}")["distiller"]
     assert all(tap.startswith("map.") for tap in taps["teacher_taps"])
-    several = {"customkd": LEVELS, "attnfd": ["map.-2", "map.-1"], "review_kd": ["map.-2", "map.-1"]}
+    several = {"customkd": LEVELS, "attnfd": STAGES, "review_kd": STAGES}
     own = several.get(name, ["fpn.1"])  # of stride 16, as the ViT's
     assert [tap for tap in taps["student_taps"] if name != "sckd" or tap != "map.-1"] == own
 
@@ -128,23 +131,29 @@ def test_heads_of_one_and_of_nine_boxes_have_no_scores_in_common(refused, teache
     assert "retinanet_r50_fpn_1x_coco has 9 at a position" in error
 
 
-@pytest.mark.parametrize("distiller", ["kd", "crosskd", "kd+fitnet"])
-def test_teacher_and_student_of_different_classes(refused, tmp_path, distiller):
-    from kdlvfm.models.mmdet import MMDetModel
+@pytest.fixture(scope="module")
+def teacher_of_three_classes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("other") / "other.pth"
+    changes = {"neck": {"out_channels": 64}, "bbox_head": {"in_channels": 64, "feat_channels": 64, "stacked_convs": 2}}
+    torch.save(MMDetModel("gfl_r50_fpn_1x_coco", 3, changes=changes).net.state_dict(), path)
+    teacher = ("teacher=mmdet", "teacher.config=gfl_r50_fpn_1x_coco", f"teacher.checkpoint={path}")
+    return (*teacher, "teacher.num_classes=3", NARROW.replace("student", "teacher"))
 
-    torch = pytest.importorskip("torch")
-    narrow = {"neck": {"out_channels": 64}, "bbox_head": {"in_channels": 64, "feat_channels": 64, "stacked_convs": 2}}
-    other = MMDetModel("gfl_r50_fpn_1x_coco", 3, changes=narrow)
-    torch.save(other.net.state_dict(), tmp_path / "other.pth")
-    teacher = (
-        "teacher=mmdet",
-        "teacher.config=gfl_r50_fpn_1x_coco",
-        f"teacher.checkpoint={tmp_path / 'other.pth'}",
-        "teacher.num_classes=3",
-        NARROW.replace("student", "teacher"),
-    )
-    error = refused(*teacher, f"distiller={distiller}", base=(*FEW, *STUDENT))
+
+@pytest.mark.parametrize("distiller", ["kd", "crosskd", "kd+fitnet"])
+def test_scores_of_other_classes_cannot_be_compared(refused, teacher_of_three_classes, distiller):
+    error = refused(*teacher_of_three_classes, f"distiller={distiller}", base=(*FEW, *STUDENT))
     assert "the teacher detects 3 classes, the data has 10" in error
+
+
+def test_boxes_and_maps_know_no_classes(record_of, teacher_of_three_classes):
+    assert record_of(*teacher_of_three_classes, "distiller=ld+pkd")["teacher"]["metrics"] is None
+
+
+@pytest.mark.parametrize("distiller", ["dkd", "kd+cirkd", "sckd:ifvd"])
+def test_a_distiller_of_masks_is_refused(refused, teacher_of, distiller):
+    error = refused(*teacher_of(), f"distiller={distiller}", base=(*FEW, *STUDENT))
+    assert "is for segmentation: kdlvfm list distiller --task detection shows others" in error
 
 
 def test_a_discriminator_judges_one_pair_of_maps(refused, teacher_of):

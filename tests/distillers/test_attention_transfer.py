@@ -151,3 +151,9 @@ def test_an_outlier_channel_of_the_teacher_does_not_hide_the_others():
     outlier = teacher * torch.tensor([1.0, 1e3, 1.0, 1.0, 1.0]).view(5, 1, 1) + 50
     got, expected = (AT()(student, {"map.-1": x})["attention_transfer"] for x in (outlier, teacher))
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_the_weight_is_another_on_a_pyramid(context, detection_context):
+    assert AT.from_context(context).loss_weight == AT().loss_weight == 1000.0
+    assert AT.from_context(detection_context, student_taps=["fpn.0"], teacher_taps=["fpn.0"]).loss_weight == 10.0
+    assert AT.from_context(detection_context, loss_weight=3.0).loss_weight == 3.0

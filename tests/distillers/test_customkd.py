@@ -274,3 +274,15 @@ def test_a_short_run_still_has_both_phases(context, steps, epoch, given, expecte
     run = replace(context, steps=steps, batches_per_epoch=epoch)
     assert CustomKD.from_context(run, **given).phase_steps == expected
     assert CustomKD.from_context(context).phase_steps is None
+
+
+def test_a_head_that_predicts_otherwise_out_of_training_stays_in_training(make_step, context, student):
+    """Its layers do not: their statistics must not move."""
+    customkd = CustomKD.from_context(context)
+    student.net["head"] = torch.nn.Sequential(torch.nn.BatchNorm2d(16), student.net["head"])
+    student.train()
+    modes = []
+    student.net["head"].register_forward_hook(lambda head, *_: modes.append((head.training, head[0].training)))
+    next(iter(customkd.updates(make_step())))
+    assert modes == [(True, False)]
+    assert student.net["head"][0].training

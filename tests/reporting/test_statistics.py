@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from kdlvfm.reporting.statistics import gap_closed, paired_difference, summarise_values
+from kdlvfm.reporting.statistics import (
+    Difference,
+    correct_for_many,
+    gap_closed,
+    gap_interval,
+    paired_difference,
+    summarise_values,
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
@@ -19,6 +27,7 @@ def test_interval_is_that_of_the_paired_t_test(count, confidence):
     assert difference.count == count
     assert difference.mean == pytest.approx(np.mean(method - baseline))
     assert difference.interval == pytest.approx((expected.low, expected.high))
+    assert difference.p_value == pytest.approx(stats.ttest_rel(method, baseline).pvalue)
 
 
 def test_seeds_are_paired_by_name_not_by_position():
@@ -63,3 +72,44 @@ def test_gap_closed():
     assert gap_closed({0: 0.5}, baseline, 0.4) is None
     assert gap_closed({7: 0.5}, baseline, 0.9) is None
     assert math.isfinite(gap_closed({0: 0.5}, baseline, 0.4000001))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_correction_is_that_of_the_closed_test(count):
+    """Holm's p-value is the largest Bonferroni p-value of any group of hypotheses that the method is in."""
+    p_values = np.random.default_rng(count).uniform(0, 0.2, count)
+    family = {f"m{i}": Difference(3, 0.1, (0.0, 0.2), p) for i, p in enumerate(p_values)}
+    corrected = correct_for_many(family)
+    for i in range(count):
+        groups = (g for size in range(1, count + 1) for g in itertools.combinations(range(count), size) if i in g)
+        expected = max(min(1.0, len(group) * min(p_values[j] for j in group)) for group in groups)
+        assert corrected[f"m{i}"].p_value == pytest.approx(expected)
+        assert corrected[f"m{i}"].interval == (0.0, 0.2)
+
+
+def test_methods_with_too_few_seeds_for_a_verdict_are_no_part_of_the_family():
+    family = {
+        "few": Difference(2, 0.1, (0.0, 0.2), 0.01),
+        "one": Difference(1, 0.1, None),
+        "kd": Difference(3, 1, (0, 2), 0.04),
+    }
+    assert correct_for_many(family) == family
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_interval_of_the_gap_holds_the_shares_that_a_t_test_does_not_reject(count):
+    rng = np.random.default_rng(count)
+    baseline = rng.normal(0.4, 0.004, count)
+    method = baseline + rng.normal(0.1, 0.01, count)
+    borders = gap_interval(dict(enumerate(method)), dict(enumerate(baseline)), 0.8)
+    for border in borders:
+        assert stats.ttest_1samp(method - baseline - border * (0.8 - baseline), 0).pvalue == pytest.approx(0.05)
+    assert borders[0] < gap_closed(dict(enumerate(method)), dict(enumerate(baseline)), 0.8) < borders[1]
+
+
+def test_interval_of_the_gap_needs_a_gap_and_two_seeds():
+    baseline = {0: 0.4, 1: 0.5}
+    assert gap_interval({0: 0.5}, baseline, 0.8) is None
+    assert gap_interval({0: 0.5, 1: 0.6}, baseline, None) is None
+    assert gap_interval({0: 0.5, 1: 0.6}, baseline, 0.3) is None
+    assert gap_interval({0: 0.5, 1: 0.6}, baseline, 0.51) is None  # the gap lies within the spread of the baseline
