@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each distiller adds to a training step: its seconds beside the baseline's, alternating in one process.
 
-    python benchmarks/step_cost.py --out benchmarks/records/step_cost.json
+    python benchmarks/step_cost.py --size 128 160 --repeats 4 --out benchmarks/records/step_cost.json
 
 Student: ResNet18 with FPN; teacher: a ViT-S/16 with a linear head; both with random weights, which cost what trained
 ones do. One step is forward passes of both, all updates of the method with their backward passes, and the optimizer's.

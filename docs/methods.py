@@ -81,7 +81,7 @@ def _line(name: str, measured: dict[str, Any] | None, pull: float | None) -> str
         reads = f"{_taps(measured['student_taps'])} ← {_taps(measured['teacher_taps'])}"
         groups = ", ".join(measured["groups"])
         cells += [reads, about["trains"], groups, _count(measured["parameters"]), f"{measured['ratio']:.2f}"]
-    cells += ["" if pull is None else f"{pull:.2g}", tasks]
+    cells += ["" if pull is None else f"{float(f'{pull:.2g}'):g}", tasks]
     return f"| {' | '.join(cells)} |"
 
 

@@ -21,7 +21,7 @@ from kdlvfm.reporting.record import Record, flatten, now
 from kdlvfm.reporting.render import METRIC_NAMES, heading, runs_text
 from kdlvfm.reporting.tables import Block, Row, Table
 
-_SCRIPTS = ("elements.js", "charts.js", "figures.js", "runs.js", "page.js")
+_SCRIPTS = ("elements.js", "charts.js", "figures.js", "lines.js", "runs.js", "page.js")
 _LEVELS = 4  # of folders between a run and the root of the runs, where sweeps keep the output of their cells
 _CLASS_METRICS = {"iou": "IoU", "AP": "AP"}
 _PAGE = """\

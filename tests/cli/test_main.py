@@ -6,7 +6,7 @@ import pytest
 
 from kdlvfm import __version__
 
-COMMANDS = ("train", "evaluate", "table", "inspect", "list", "download", "demo")
+COMMANDS = ("train", "evaluate", "status", "table", "inspect", "list", "download", "demo")
 
 
 def test_without_arguments_the_help_is_shown(kdlvfm):
@@ -33,7 +33,7 @@ def test_an_unknown_subcommand_is_refused_with_those_there_are(kdlvfm):
     assert "train" in ended.err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "table", "list", "download", "demo"])
+@pytest.mark.parametrize("command", ["evaluate", "status", "table", "list", "download", "demo"])
 def test_an_unknown_option_is_refused(command, kdlvfm):
     ended = kdlvfm(command, "--nope")
     assert ended.code == 2

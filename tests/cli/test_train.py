@@ -184,17 +184,3 @@ def test_wandb_works_offline(shell, small, tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert list((tmp_path / "run").rglob("offline-run-*"))
-
-
-@pytest.mark.slow
-def test_a_sweep_goes_on_after_a_failure_and_names_it(shell, small, tmp_path):
-    environment = {"PYTHONPATH": str(Path(kdlvfm.__file__).parents[1])}
-    sweep = shell("train", "-m", *small, "distiller=kd,none", "recipe.steps=2", cwd=tmp_path, env=environment)
-    out, err = sweep.communicate(timeout=300)
-    assert sweep.returncode == 1
-    assert out.count("\nkdlvfm train ") == 2
-    assert "error: KD needs a teacher" in err
-    (failed,) = [line for line in err.splitlines() if line.startswith("failed: ")]
-    assert "distiller=kd" in failed
-    (record,) = tmp_path.rglob("record.json")
-    assert json.loads(record.read_text())["distiller"]["name"] == "none"

@@ -54,29 +54,47 @@ function axes(svg, box, xTicks, yTicks, xTitle, yTitle) {
   return { x, y };
 }
 
-/** Lines over steps. Each series has `name`, `index` and `lines`, a list of [x, y] for each seed; bold is their mean. */
+/** Lines over steps. Each series has `name`, `index` and `lines`, [x, y] lists of its seeds; thick is their mean. */
 function lineChart(series, title, xTitle, yTitle) {
   const svg = canvas(560, 310, title);
   const all = series.flatMap((one) => one.lines.flat());
   const [xs, ys] = [all.map((point) => point[0]), all.map((point) => point[1])];
   const xTicks = ticks(Math.min(0, ...xs), Math.max(1, ...xs));
-  const { x, y } = axes(svg, { left: 52, right: 545, top: 30, bottom: 262 }, xTicks, ticks(Math.min(...ys), Math.max(...ys)), xTitle, yTitle);
+  const { x, y } = axes(
+    svg,
+    { left: 52, right: 545, top: 30, bottom: 262 },
+    xTicks,
+    ticks(Math.min(...ys), Math.max(...ys)),
+    xTitle,
+    yTitle,
+  );
   const path = (line) => line.map(([a, b], at) => `${at ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
   for (const { name, index, lines } of series) {
     const group = draw("g", { class: "series" }, draw("title", {}, name));
     const stroke = { stroke: colour(index), "stroke-dasharray": dashes(index) };
-    if (lines.length > 1) for (const line of lines) group.append(draw("path", { class: "seed", d: path(line), ...stroke }));
+    if (lines.length > 1)
+      for (const line of lines) group.append(draw("path", { class: "seed", d: path(line), ...stroke }));
     const steps = [...new Set(lines.flat().map((point) => point[0]))].sort((a, b) => a - b);
-    const middle = steps.map((step) => [step, mean(lines.flat().filter((p) => p[0] === step).map((p) => p[1]))]);
+    const middle = steps.map((step) => [
+      step,
+      mean(
+        lines
+          .flat()
+          .filter((p) => p[0] === step)
+          .map((p) => p[1]),
+      ),
+    ]);
     group.append(draw("path", { class: "mean", d: path(middle), ...stroke }));
     const every = Math.ceil(middle.length / 12);
-    middle.forEach(([a, b], at) => at % every && at < middle.length - 1 ? null : group.append(marker(index, x(a), y(b))));
+    middle.forEach(([a, b], at) =>
+      at % every && at < middle.length - 1 ? null : group.append(marker(index, x(a), y(b))),
+    );
     svg.append(group);
   }
   return svg;
 }
 
-/** Horizontal bars with 95 % intervals. Each bar has `name`, `value`, `low`, `high`, `verdict`; marks are [value, text]. */
+/** Bars with 95 % intervals. Each has `name`, `value`, `low`, `high`, `verdict`, `why`; marks are [value, text]. */
 function barChart(bars, title, xTitle, marks, unit) {
   const left = 24 + Math.min(230, 7.2 * Math.max(8, ...bars.map((bar) => bar.name.length)));
   const [width, line, top] = [Math.max(560, left + 360), 27, 34];
@@ -102,7 +120,12 @@ function barChart(bars, title, xTitle, marks, unit) {
     const short = bar.name.length > 32 ? `${bar.name.slice(0, 31)}…` : bar.name;
     const [sign, words] = VERDICTS[bar.verdict || "none"];
     const label = draw("text", { class: "name", x: left - 24, y: middle + 4, "text-anchor": "end" }, short);
-    const group = draw("g", { class: `bar ${(bar.verdict || "none").replace(" ", "-")}` }, draw("title", {}, `${bar.name}: ${words}`), label);
+    const group = draw(
+      "g",
+      { class: `bar ${(bar.verdict || "none").replace(" ", "-")}` },
+      draw("title", {}, `${bar.name}: ${words}`),
+      label,
+    );
     group.append(draw("text", { class: "sign", x: left - 12, y: middle + 4, "text-anchor": "middle" }, sign));
     if (bar.value === null) {
       group.append(draw("text", { class: "none", x: left + 6, y: middle + 4 }, bar.why));
@@ -111,10 +134,21 @@ function barChart(bars, title, xTitle, marks, unit) {
       group.append(draw("rect", { x: from, y: middle - 8, width: Math.max(1, to - from), height: 16, rx: 2 }));
       if (bar.low !== null) {
         const [low, high] = [x(bar.low), x(bar.high)];
-        group.append(draw("path", { class: "whisker", d: `M${low} ${middle}H${high}M${low} ${middle - 5}v10M${high} ${middle - 5}v10` }));
+        group.append(
+          draw("path", {
+            class: "whisker",
+            d: `M${low} ${middle}H${high}M${low} ${middle - 5}v10M${high} ${middle - 5}v10`,
+          }),
+        );
       }
       const end = Math.max(to, bar.high === null ? 0 : x(bar.high));
-      group.append(draw("text", { class: "value", x: end + 7, y: middle + 4 }, number(bar.value, unit === "%" ? 0 : 1, 1, unit !== "%") + (unit === "%" ? " %" : "")));
+      group.append(
+        draw(
+          "text",
+          { class: "value", x: end + 7, y: middle + 4 },
+          number(bar.value, unit === "%" ? 0 : 1, 1, unit !== "%") + (unit === "%" ? " %" : ""),
+        ),
+      );
     }
     svg.append(group);
   });
@@ -124,11 +158,21 @@ function barChart(bars, title, xTitle, marks, unit) {
 /** Points with `name`, `index`, `x`, `y`, `std`, `other` (of another comparison); levels are [value, text]. */
 function scatterChart(dots, title, xTitle, yTitle, levels) {
   const svg = canvas(560, 330, title);
-  const reach = [...dots.flatMap((dot) => [dot.y - (dot.std || 0), dot.y + (dot.std || 0)]), ...levels.map((level) => level[0])];
+  const reach = [
+    ...dots.flatMap((dot) => [dot.y - (dot.std || 0), dot.y + (dot.std || 0)]),
+    ...levels.map((level) => level[0]),
+  ];
   const xs = dots.map((dot) => dot.x);
   const pad = (Math.max(...xs) - Math.min(...xs)) * 0.08 || Math.abs(xs[0]) * 0.1 || 1;
   const xTicks = ticks(Math.max(0, Math.min(...xs) - pad), Math.max(...xs) + pad);
-  const { x, y } = axes(svg, { left: 52, right: 545, top: 30, bottom: 282 }, xTicks, ticks(Math.min(...reach), Math.max(...reach)), xTitle, yTitle);
+  const { x, y } = axes(
+    svg,
+    { left: 52, right: 545, top: 30, bottom: 282 },
+    xTicks,
+    ticks(Math.min(...reach), Math.max(...reach)),
+    xTitle,
+    yTitle,
+  );
   for (const [value, text] of levels) {
     svg.append(draw("line", { class: "mark", x1: 52, x2: 545, y1: y(value), y2: y(value) }));
     svg.append(draw("text", { class: "title", x: 543, y: y(value) - 5, "text-anchor": "end" }, text));
@@ -136,8 +180,13 @@ function scatterChart(dots, title, xTitle, yTitle, levels) {
   const taken = [];
   for (const dot of [...dots].sort((a, b) => b.y - a.y)) {
     const [a, b] = [x(dot.x), y(dot.y)];
-    const group = draw("g", { class: dot.other ? "dot other" : "dot" }, draw("title", {}, `${dot.name}: ${number(dot.y)}, ${number(dot.x, 3)}`));
-    if (dot.std) group.append(draw("path", { class: "whisker", d: `M${a} ${y(dot.y - dot.std)}V${y(dot.y + dot.std)}` }));
+    const group = draw(
+      "g",
+      { class: dot.other ? "dot other" : "dot" },
+      draw("title", {}, `${dot.name}: ${number(dot.y)}, ${number(dot.x, 3)}`),
+    );
+    if (dot.std)
+      group.append(draw("path", { class: "whisker", d: `M${a} ${y(dot.y - dot.std)}V${y(dot.y + dot.std)}` }));
     group.append(marker(dot.index, a, b, dot.other));
     const place = dot.other ? undefined : freePlace(taken, a, b, 6.4 * dot.name.length);
     if (place) group.append(draw("text", { x: place.x, y: place.y, "text-anchor": place.anchor }, dot.name));

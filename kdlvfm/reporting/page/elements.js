@@ -28,7 +28,10 @@ function dress(element, attributes, children) {
 function number(value, digits = 1, factor = 1, sign = false) {
   if (value === null || value === undefined || Number.isNaN(value)) return NOTHING;
   const rounded = Number((value * factor).toFixed(digits)) + 0;
-  const text = Math.abs(rounded).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const text = Math.abs(rounded).toLocaleString("en-US", {
+    minimumFractionDigits: digits,
+    maximumFractionDigits: digits,
+  });
   return (rounded < 0 ? "−" : sign && rounded > 0 ? "+" : "") + text;
 }
 
@@ -72,6 +75,9 @@ function ticks(low, high, count = 5) {
 /** Labels of ticks, all with as many decimals as the finest step needs. */
 function tickLabels(values) {
   const step = values[1] - values[0];
-  const digits = Math.max(0, ...values.map((value) => (String(Number(value.toPrecision(6))).split(".")[1] || "").length));
+  const digits = Math.max(
+    0,
+    ...values.map((value) => (String(Number(value.toPrecision(6))).split(".")[1] || "").length),
+  );
   return values.map((value) => number(value, step >= 1 && Number.isInteger(step) ? 0 : Math.min(digits, 6)));
 }

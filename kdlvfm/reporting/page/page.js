@@ -6,16 +6,41 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 
 const COLUMNS = [
   { title: "method", unit: "", value: (row) => row.method, text: (row) => row.method },
-  { title: null, unit: "%", value: (row) => row.score, text: (row) => percent(row.score) + (row.std === null ? "" : ` ± ${percent(row.std)}`) },
-  { title: "vs baseline", unit: "points [95 % CI]", value: (row) => row.difference, text: (row) => points(row.difference) + range(row.interval, points) },
-  { title: "gap closed", unit: "% [95 % CI]", value: (row) => row.gap, text: (row) => percent(row.gap, 0) + range(row.gap_interval, (x) => percent(x, 0)) },
+  {
+    title: null,
+    unit: "%",
+    value: (row) => row.score,
+    text: (row) => percent(row.score) + (row.std === null ? "" : ` ± ${percent(row.std)}`),
+  },
+  {
+    title: "vs baseline",
+    unit: "points [95 % CI]",
+    value: (row) => row.difference,
+    text: (row) => points(row.difference) + range(row.interval, points),
+  },
+  {
+    title: "gap closed",
+    unit: "% [95 % CI]",
+    value: (row) => row.gap,
+    text: (row) => percent(row.gap, 0) + range(row.gap_interval, (x) => percent(x, 0)),
+  },
   { title: "verdict", unit: "5 %, Holm", value: (row) => row.p_value, text: verdict },
   { title: "params", unit: "M", value: (row) => row.parameters, text: (row) => size(row.parameters, 1e6) },
   { title: "MACs", unit: "G", value: (row) => row.macs, text: (row) => size(row.macs, 1e9) },
   { title: "training", unit: "time", value: (row) => row.train_seconds, text: (row) => duration(row.train_seconds) },
-  { title: "speed", unit: "images/s", value: (row) => row.images_per_second, text: (row) => number(row.images_per_second, 0) },
+  {
+    title: "speed",
+    unit: "images/s",
+    value: (row) => row.images_per_second,
+    text: (row) => number(row.images_per_second, 0),
+  },
   { title: "memory", unit: "GiB", value: (row) => row.peak_memory_mib, text: (row) => size(row.peak_memory_mib, 1024) },
-  { title: "teacher", unit: "% of step", value: (row) => row.teacher_share, text: (row) => percent(row.teacher_share, 0) },
+  {
+    title: "teacher",
+    unit: "% of step",
+    value: (row) => row.teacher_share,
+    text: (row) => percent(row.teacher_share, 0),
+  },
   { title: "seeds", unit: "", value: (row) => row.finished, text: (row) => row.seeds },
 ];
 
@@ -42,16 +67,29 @@ class Comparison {
     this.figures = make("div", { class: "figures" });
     this.absent = make("ul", { class: "remarks" });
     this.heads = COLUMNS.map((column) => this.head(column));
-    const remarks = [...block.warnings.map((text) => make("li", { class: "warning" }, `⚠ ${text}`)), ...block.notes.map((text) => make("li", {}, text))];
-    this.element = make("section", { id: `comparison-${number}` },
-      make("h2", {}, block.title, make("span", { class: "student" }, block.network)), block.details.map((text) => make("p", { class: "details" }, text)),
+    const remarks = [
+      ...block.warnings.map((text) => make("li", { class: "warning" }, `⚠ ${text}`)),
+      ...block.notes.map((text) => make("li", {}, text)),
+    ];
+    this.element = make(
+      "section",
+      { id: `comparison-${number}` },
+      make("h2", {}, block.title, make("span", { class: "student" }, block.network)),
+      block.details.map((text) => make("p", { class: "details" }, text)),
       scroll(make("table", { class: "results" }, make("thead", {}, make("tr", {}, this.heads)), this.body)),
       remarks.length ? make("ul", { class: "remarks" }, remarks) : null,
-      this.figures, this.absent);
+      this.figures,
+      this.absent,
+    );
   }
 
   head(column) {
-    const sort = make("button", { type: "button", onclick: () => this.sort(column) }, column.title || this.block.metric, make("span", { class: "arrow", "aria-hidden": "true" }));
+    const sort = make(
+      "button",
+      { type: "button", onclick: () => this.sort(column) },
+      column.title || this.block.metric,
+      make("span", { class: "arrow", "aria-hidden": "true" }),
+    );
     return make("th", { scope: "col", "aria-sort": "none" }, sort, make("small", {}, column.unit));
   }
 
@@ -59,7 +97,9 @@ class Comparison {
   sort(column) {
     const descending = this.sorted?.column === column ? !this.sorted.descending : column !== COLUMNS[0];
     this.sorted = { column, descending };
-    this.heads.forEach((head, index) => head.setAttribute("aria-sort", COLUMNS[index] !== column ? "none" : descending ? "descending" : "ascending"));
+    this.heads.forEach((head, index) =>
+      head.setAttribute("aria-sort", COLUMNS[index] !== column ? "none" : descending ? "descending" : "ascending"),
+    );
     this.arrange();
   }
 
@@ -83,9 +123,13 @@ class Comparison {
   refresh(accept) {
     const rows = this.block.rows.filter((row) => row.role !== "method" || accept(row, this.block));
     for (const [row, line] of this.lines) line.show(rows.includes(row));
-    const figures = [gapFigure, costFigure, curveFigure, diagnosticsFigure, heatFigure, pictureFigure].map((make) => make(this.block, rows)).filter((one) => one !== null);
+    const figures = [gapFigure, costFigure, curveFigure, diagnosticsFigure, heatFigure, pictureFigure]
+      .map((make) => make(this.block, rows))
+      .filter((one) => one !== null);
     this.figures.replaceChildren(...figures.filter((one) => typeof one !== "string"));
-    this.absent.replaceChildren(...figures.filter((one) => typeof one === "string").map((text) => make("li", {}, text)));
+    this.absent.replaceChildren(
+      ...figures.filter((one) => typeof one === "string").map((text) => make("li", {}, text)),
+    );
     return rows.filter((row) => row.role === "method").length;
   }
 }
@@ -95,9 +139,20 @@ class Line {
   constructor(row, block, id) {
     this.row = row;
     this.block = block;
-    this.button = make("button", { type: "button", "aria-expanded": "false", "aria-controls": `runs-${id}` }, row.method);
-    const cells = COLUMNS.slice(1).map((column) => column.title === "verdict" ? verdictCell(row) : make("td", {}, column.text(row)));
-    this.line = make("tr", { class: `${row.role} row`, onclick: () => this.toggle() }, make("th", { scope: "row" }, this.button), cells);
+    this.button = make(
+      "button",
+      { type: "button", "aria-expanded": "false", "aria-controls": `runs-${id}` },
+      row.method,
+    );
+    const cells = COLUMNS.slice(1).map((column) =>
+      column.title === "verdict" ? verdictCell(row) : make("td", {}, column.text(row)),
+    );
+    this.line = make(
+      "tr",
+      { class: `${row.role} row`, onclick: () => this.toggle() },
+      make("th", { scope: "row" }, this.button),
+      cells,
+    );
     this.runs = make("tr", { class: "runs", id: `runs-${id}`, hidden: true }, make("td", { colspan: COLUMNS.length }));
     this.elements = [this.line, this.runs];
   }
@@ -119,33 +174,96 @@ function overview() {
   const names = [...new Set(DATA.blocks.flatMap((block) => block.rows.map((row) => row.method)))];
   const order = (name) => ["teacher", "baseline"].indexOf(name) >>> 0;
   names.sort((a, b) => order(a) - order(b) || a.localeCompare(b));
-  const head = DATA.blocks.map((block, index) => make("th", { scope: "col" }, make("small", {}, `${block.title}, ${block.metric}`),
-    make("a", { href: `#comparison-${index}` }, block.network), make("small", {}, `from ${block.teacher || "no teacher"}`)));
-  const cell = (row) => !row ? NOTHING : [COLUMNS[1].text(row), row.role === "method" && row.difference !== null
-    ? make("span", { class: `aside ${(row.verdict || "none").replace(" ", "-")}` }, `${points(row.difference)} ${row.verdict ? VERDICTS[row.verdict][0] : ""}`) : null];
-  const lines = names.map((name) => make("tr", {}, make("th", { scope: "row" }, name),
-    DATA.blocks.map((block) => make("td", {}, cell(block.rows.find((row) => row.method === name))))));
-  return make("section", {}, make("h2", {}, "Overview"), make("p", { class: "details" }, "Scores in %, beside them the difference to the baseline of the same column in points. Columns do not compare with each other."),
-    scroll(make("table", { class: "overview" }, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "method"), head)), make("tbody", {}, lines))));
+  const head = DATA.blocks.map((block, index) =>
+    make(
+      "th",
+      { scope: "col" },
+      make("small", {}, `${block.title}, ${block.metric}`),
+      make("a", { href: `#comparison-${index}` }, block.network),
+      make("small", {}, `from ${block.teacher || "no teacher"}`),
+    ),
+  );
+  const cell = (row) =>
+    !row
+      ? NOTHING
+      : [
+          COLUMNS[1].text(row),
+          row.role === "method" && row.difference !== null
+            ? make(
+                "span",
+                { class: `aside ${(row.verdict || "none").replace(" ", "-")}` },
+                `${points(row.difference)} ${row.verdict ? VERDICTS[row.verdict][0] : ""}`,
+              )
+            : null,
+        ];
+  const lines = names.map((name) =>
+    make(
+      "tr",
+      {},
+      make("th", { scope: "row" }, name),
+      DATA.blocks.map((block) => make("td", {}, cell(block.rows.find((row) => row.method === name)))),
+    ),
+  );
+  return make(
+    "section",
+    {},
+    make("h2", {}, "Overview"),
+    make(
+      "p",
+      { class: "details" },
+      "Scores in %, beside them the difference to the baseline of the same column in points. " +
+        "Columns do not compare with each other.",
+    ),
+    scroll(
+      make(
+        "table",
+        { class: "overview" },
+        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "method"), head)),
+        make("tbody", {}, lines),
+      ),
+    ),
+  );
 }
 
 function start() {
   const comparisons = DATA.blocks.map((block, index) => new Comparison(block, index));
-  const text = make("input", { type: "search", id: "filter", placeholder: "method, setting, student, data, revision …", oninput: () => filter() });
-  const wanted = make("select", { id: "verdict", onchange: () => filter() }, make("option", { value: "" }, "all"),
-    Object.entries(VERDICTS).map(([name, [sign]]) => make("option", { value: name }, `${sign} ${name === "none" ? "no verdict" : name}`)));
+  const text = make("input", {
+    type: "search",
+    id: "filter",
+    placeholder: "method, setting, student, data, revision …",
+    oninput: () => filter(),
+  });
+  const wanted = make(
+    "select",
+    { id: "verdict", onchange: () => filter() },
+    make("option", { value: "" }, "all"),
+    Object.entries(VERDICTS).map(([name, [sign]]) =>
+      make("option", { value: name }, `${sign} ${name === "none" ? "no verdict" : name}`),
+    ),
+  );
   const count = make("output", { for: "filter verdict" });
   const total = DATA.blocks.reduce((sum, block) => sum + block.rows.filter((row) => row.role === "method").length, 0);
   const filter = () => {
     const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const accept = (row, block) => (!wanted.value || (row.verdict || "none") === wanted.value)
-      && words.every((word) => `${row.search} ${block.title} ${block.student} ${block.teacher}`.toLowerCase().includes(word));
+    const accept = (row, block) =>
+      (!wanted.value || (row.verdict || "none") === wanted.value) &&
+      words.every((word) =>
+        `${row.search} ${block.title} ${block.student} ${block.teacher}`.toLowerCase().includes(word),
+      );
     const shown = comparisons.reduce((sum, comparison) => sum + comparison.refresh(accept), 0);
     count.textContent = `${shown} of ${total} methods`;
   };
-  document.getElementById("tools").append(make("label", {}, "Filter ", text), make("label", {}, "Verdict ", wanted), count,
-    make("span", { class: "hint" }, "A click on a row, or Enter, opens its runs."));
-  document.getElementById("content").append(...(comparisons.length > 1 ? [overview()] : []), ...comparisons.map((one) => one.element));
+  document
+    .getElementById("tools")
+    .append(
+      make("label", {}, "Filter ", text),
+      make("label", {}, "Verdict ", wanted),
+      count,
+      make("span", { class: "hint" }, "A click on a row, or Enter, opens its runs."),
+    );
+  document
+    .getElementById("content")
+    .append(...(comparisons.length > 1 ? [overview()] : []), ...comparisons.map((one) => one.element));
   for (const comparison of comparisons) comparison.arrange();
   filter();
 }
