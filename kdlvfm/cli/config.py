@@ -114,12 +114,12 @@ class Launcher:
     """How the cells of a sweep are started, which is no part of a run.
 
     Attributes:
-        name: the YAML file of the group `launcher`.
-        settings: what it holds.
+        kind: `local` or `slurm`.
+        settings: what else the YAML file of the group `launcher` holds.
         swept: values that an experiment's `hydra.sweeper.params` gives, key -> values in Hydra's grammar of sweeps.
     """
 
-    name: str
+    kind: str
     settings: dict[str, Any]
     swept: dict[str, str]
 
@@ -165,7 +165,9 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
         parts = config["distiller"]["parts"] = in_order(config["distiller"]["parts"], written)
         # A part that is a node of the user's own, not the choice of a name, goes by the name of the part.
         choices["distiller"] = name_of(choices["distiller"], [chosen.get(f"{PART}{part}", part) for part in parts])
-    launcher = Launcher(choices.pop("launcher"), config.pop("launcher"), swept)
+    settings = config.pop("launcher")
+    launcher = Launcher(settings.pop("kind"), settings, swept)
+    del choices["launcher"]
     config["choices"] = choices
     _drop_about(config)
     if choices["distiller"] == "none" or choices["teacher"] == "none":

@@ -14,6 +14,7 @@ from kdlvfm.reporting.record import BASELINE
 from kdlvfm.reporting.tables import Block, Row
 
 _METHODS = 6
+_FROM_RUN = "kdlvfm.cli.runs.teacher_from_run"  # which makes the same check on that run
 
 
 def draw_block(block: Block, folders: Mapping[str, Path], scenes: int) -> Picture:
@@ -93,7 +94,8 @@ def draw_predictions(runs: Mapping[str, Path], split: str, scenes: int, path: Pa
     if taught is not None and (records[taught]["teacher"] or {}).get("metrics"):
         try:
             node = records[taught]["config"]["teacher"]
-            check_targets(node, runs[taught] / "record.json")
+            named = {key: value for key, value in node.items() if (key, value) != ("_target_", _FROM_RUN)}
+            check_targets(named, runs[taught] / "record.json")
             models["teacher"] = build_teacher(node, data.class_names)
         except (CommandError, ValueError, OSError) as error:
             notes.append(f"The teacher is left out: {str(error).splitlines()[0]}")

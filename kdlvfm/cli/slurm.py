@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.launch import INTERRUPTED, CellProcess
-from kdlvfm.cli.lock import TAKEN
 from kdlvfm.cli.sweep import FAILED, WAITING, Cell, State, Sweep
 
 if TYPE_CHECKING:
@@ -38,13 +37,13 @@ class CellJob:
         """Compute the cell.
 
         Raises:
-            RuntimeError: it failed, so that Slurm says so too, and ends the other tasks of the job.
+            RuntimeError: it failed, or another process computes it; so Slurm ends the other tasks of the job too.
         """
         sweep = Sweep.read(Path(self._folder))
         cell = next(cell for cell in sweep.cells if cell.hash == self._cell)
         self._process = CellProcess(sweep, cell)
         code = self._process.wait()
-        if code not in (0, INTERRUPTED, TAKEN):
+        if code not in (0, INTERRUPTED):
             raise RuntimeError(f"{cell.name} ended with code {code}; see {sweep.log(cell)}")
 
     def checkpoint(self) -> DelayedSubmission:
@@ -98,7 +97,8 @@ def submit(sweep: Sweep, cells: Sequence[Cell], settings: Mapping[str, Any]) -> 
         raise CommandError(f"Slurm did not take the jobs: {_reason(error)}") from error
     for cell, job in zip(cells, jobs, strict=True):
         _job_file(sweep, cell).write_text(job.job_id, encoding="utf-8")
-    print(f"{len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}", flush=True)
+    count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
+    print(f"submitted {count}, job {jobs[0].job_id.partition('_')[0]}", flush=True)
 
 
 def wait(sweep: Sweep, cells: Sequence[Cell]) -> None:

@@ -75,11 +75,13 @@ def run(arguments: Sequence[str]) -> int:
 def _check_launcher(launcher: Launcher) -> None:
     """Raise `CommandError` for settings that no cell can be started with."""
     settings = launcher.settings
+    if launcher.kind not in ("local", "slurm"):
+        raise CommandError(f"launcher.kind must be local or slurm, not {launcher.kind!r}.")
     for key, kind in (("retry", bool), ("wait", bool), ("jobs", int)):
         if key in settings and (type(settings[key]) is not kind or (kind is int and settings[key] < 1)):
             wanted = "true or false" if kind is bool else "a number from 1"
             raise CommandError(f"launcher.{key} must be {wanted}, not {settings[key]!r}.")
-    if launcher.name == "slurm":
+    if launcher.kind == "slurm":
         from kdlvfm.cli.slurm import check_settings
 
         check_settings(settings)
@@ -105,12 +107,12 @@ def _multirun(overrides: Sequence[str]) -> int:
     for cells in alike.values():
         launcher = launchers[cells[0]]
         due = [cell for cell in sweep.due(launcher.settings["retry"]) if cell in cells]
-        if launcher.name == "slurm":
+        if launcher.kind == "slurm":
             slurm.submit(sweep, due, launcher.settings)
         elif not side_by_side(sweep, due, launcher.settings["jobs"]):
             print("\nInterrupted. The same command goes on where it stopped.")
             return INTERRUPTED
-    submitted = [cell for cell, launcher in launchers.items() if launcher.name == "slurm"]
+    submitted = [cell for cell, launcher in launchers.items() if launcher.kind == "slurm"]
     awaited = [cell for cell in submitted if launchers[cell].settings["wait"]]
     try:
         if awaited:

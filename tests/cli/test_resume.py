@@ -68,12 +68,13 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(workers, shell, sma
     assert_same_run(out, whole)
 
 
-def test_an_interrupted_run_says_so_and_goes_on(shell, small, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_run_says_so_and_goes_on(number, shell, small, whole, tmp_path):
     out = tmp_path / "run"
     command = ("train", *small, *RANDOM, "run.checkpoint_every=1000", f"out={out}")
     with shell(*command) as process:
         wait_for(process, "step 22/40")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "the checkpoint is saved" in err

@@ -34,7 +34,7 @@ def test_cells_are_the_combinations_named_by_their_configurations(small):
         config = compose(cell.overrides)
         assert cell.hash == config_hash(config)
         assert cell.folder == run_folder(config)
-        assert launchers[cell].name == "local"
+        assert launchers[cell].kind == "local"
     assert sweep.cells[4].overrides[-4:] == ("distiller=sckd:kd", "seed=0", "teacher=timm", "teacher.name=a")
 
 
@@ -51,7 +51,7 @@ def test_out_is_the_folder_of_the_sweep_and_neither_it_nor_the_launcher_changes_
     assert sweep.folder.name == without.folder.name
     assert all(cell.folder.parent == Path("here") and cell.hash[:6] in cell.folder.name for cell in sweep.cells)
     assert not any("launcher" in override for cell in sweep.cells for override in cell.overrides)
-    assert {launcher.name for launcher in launchers.values()} == {"slurm"}
+    assert {launcher.kind for launcher in launchers.values()} == {"slurm"}
 
 
 def test_an_experiment_may_hold_the_sweep_and_the_command_wins(small, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_launcher_is_for_sweeps(kdlvfm, small):
 def test_two_configurations_in_one_folder_are_refused(small):
     cells = [cell_of([*small, f"seed={seed}", "out=same"])[0] for seed in (0, 1)]
     with pytest.raises(CommandError, match="one folder, same"):
-        Sweep.of(Path("."), cells)
+        Sweep.of(Path(), cells)
 
 
 @pytest.fixture
@@ -150,7 +150,8 @@ def hold():
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def test_one_process_has_the_lock_and_is_named(hold, tmp_path):
@@ -159,7 +160,7 @@ def test_one_process_has_the_lock_and_is_named(hold, tmp_path):
     with pytest.raises(RunTakenError, match=f"process {process.pid} on .*; nothing was started"), RunLock(tmp_path):
         pass
     process.kill()
-    process.communicate()
+    process.wait()
     assert (tmp_path / LOCK).exists()
     assert owner(tmp_path) is None
     with RunLock(tmp_path):
@@ -175,15 +176,15 @@ def test_a_run_that_another_process_computes_is_left_alone(hold, train, tmp_path
     assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
 
 
-def test_states_and_what_is_due(sweep, hold, make_record, kdlvfm):
+def test_states_and_what_is_due(sweep, hold, head, kdlvfm):
     done, running, killed, failed, refused, waiting = sweep.cells
+    finished = json.loads((head / "record.json").read_text())
 
     def put(cell, **fields):
         cell.folder.mkdir()
-        record = make_record(**fields)
-        write_record(cell.folder / "record.json", {**record, "config_hash": cell.hash})
+        write_record(cell.folder / "record.json", {**finished, "config_hash": cell.hash, **fields})
 
-    put(done, status="finished")
+    put(done)
     put(running, status="running", ended=None)
     hold(running.folder)
     put(killed, status="running", ended=None)
@@ -206,8 +207,7 @@ def test_states_and_what_is_due(sweep, hold, make_record, kdlvfm):
     (listed,) = json.loads(kdlvfm("status", sweep.folder, "--json").out).values()
     assert [cell["state"] for cell in listed] == [found[cell].name for cell in sweep.cells]
     # A record of another configuration says nothing about the cell.
-    other = replace(done, hash="0" * 12)
-    assert sweep.state(other).name == "waiting"
+    assert sweep.state(replace(done, hash="0" * 12)).name == "waiting"
 
 
 @pytest.mark.parametrize(

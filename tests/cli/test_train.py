@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
-import kdlvfm
 from kdlvfm.cli.config import options
 
 

@@ -48,6 +48,7 @@ def test_the_wheel_has_configurations_types_and_licence(installed):
         assert (package / "configs" / file.relative_to(CHECKOUT / "configs")).read_bytes() == file.read_bytes()
     assert (package / "py.typed").exists()
     assert (package / "reporting/run_schema.json").exists()
+    assert (package / "reporting/page/page.js").exists()
     assert list(installed.glob("kdlvfm-*.dist-info/licenses/LICENSE"))
     assert not (installed / "tests").exists()
 

@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 _CHOICE = re.compile(rf"\b({'|'.join(kdlvfm.cli.config.GROUPS)})=([a-z0-9_*,]+)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_YAML_PATH = re.compile(r"# (configs/\S+\.yaml)\n")
+_YAML_PATH = re.compile(r"(?:# @package _global_\n)?# (configs/\S+\.yaml)\n")
 
 
 def page_id(page):
@@ -88,7 +88,7 @@ def with_configs_of(tmp_path, monkeypatch):
 
 
 def test_the_pages_hold_something_to_test():
-    assert len(PAGES) == 8
+    assert len(PAGES) == 11
     assert len(COMPOSED) > 15
     assert len(LINKS) > 10
 

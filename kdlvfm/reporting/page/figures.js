@@ -160,7 +160,7 @@ function heatFigure(block, rows) {
     ),
   );
   const caption =
-    `${block.class_metric} by class: difference to the baseline in points (mean over paired seeds), blue above it and ` +
+    `${block.class_metric} by class: difference to the baseline in points (mean over paired seeds), blue above it, ` +
     `orange below it; the teacher's may be off the scale of colours. Rows without colour: ${block.class_metric} in %.`;
   return dress(
     figure(
