@@ -22,6 +22,7 @@ from kdlvfm.reporting.record import RecordError, read_record
 
 INTERRUPTED = 130
 _STEP = re.compile(r"step (\d+)/(\d+)")
+_PAUSE = 0.2  # seconds
 
 
 class Display(Protocol):
@@ -35,33 +36,41 @@ class Display(Protocol):
 
 
 class CellProcess:
-    """`kdlvfm train` for one cell, its output in the cell's log; an error is kept in a file of the sweep."""
+    """`kdlvfm train` for one cell. It writes the cell's log itself, so it needs nobody to go on."""
 
     def __init__(self, sweep: Sweep, cell: Cell, environment: Mapping[str, str] | None = None) -> None:
         progress = [] if any(o.startswith("run.progress=") for o in cell.overrides) else ["run.progress=line"]
         self._sweep, self._cell = sweep, cell
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kdlvfm", "train", *cell.overrides, *progress],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-        )
+        with sweep.log(cell).open("a", encoding="utf-8") as log:
+            log.write(f"$ {cell.command}\n")
+            log.flush()
+            self._start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kdlvfm", "train", *cell.overrides, *progress],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            )
 
     def wait(self, step: Callable[[int, int], None] | None = None) -> int:
-        """Write the log until the process ends; its exit code, negative for a signal."""
-        last = ""
-        with self._process as process, self._sweep.log(self._cell).open("a", encoding="utf-8", buffering=1) as log:
-            log.write(f"$ {self._cell.command}\n")
-            for line in process.stdout or ():
-                log.write(line)
-                last = line.strip() or last
-                if step and (found := _STEP.match(line)):
-                    step(int(found[1]), int(found[2]))
-        code = process.returncode
+        """Follow the log until the process has ended; its exit code, negative for a signal. An error is kept."""
+        last = begun = ""
+        with self._sweep.log(self._cell).open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._start)
+            while True:
+                ended = self._process.poll() is not None
+                *lines, begun = (begun + log.read()).split("\n")
+                for line in lines:
+                    last = line.strip() or last
+                    if step and (found := _STEP.match(line)):
+                        step(int(found[1]), int(found[2]))
+                if ended:
+                    break
+                time.sleep(_PAUSE)
+        code = self._process.returncode
         if code > 0 and code not in (INTERRUPTED, TAKEN):
-            said = last.removeprefix("kdlvfm train: error: ")
+            said = (begun.strip() or last).removeprefix("kdlvfm train: error: ")
             error = _recorded_error(self._cell) or said or f"exit code {code}"
             self._sweep.error(self._cell).write_text(error + "\n", encoding="utf-8")
         return code
@@ -71,7 +80,7 @@ class CellProcess:
         self._process.terminate()
 
     def wait_for_end(self) -> None:
-        """Return when the process has ended; for a signal handler, which may have interrupted `wait`."""
+        """Return when the process has ended; for a signal handler that interrupted `wait`."""
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 

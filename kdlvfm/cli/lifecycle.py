@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import Cell, build, check_numbers
 from kdlvfm.cli.config import instantiate
-from kdlvfm.cli.lock import LOCK, RunLock
+from kdlvfm.cli.lock import LOCK, RunLock, leads
 from kdlvfm.cli.runs import WEIGHTS, read_run
 from kdlvfm.core import Teacher
 from kdlvfm.reporting import record as records
@@ -28,9 +27,6 @@ from kdlvfm.reporting.cost import count_macs, count_parameters
 from kdlvfm.training.fit import evaluate, fit
 
 Loader = Callable[[], Iterable[Any]]
-
-# Where the starters of several processes say which of them one is; none of them set means one process.
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
@@ -49,10 +45,9 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"{folder} cannot be made ({error.strerror}); choose another with out=FOLDER.") from error
-    lead = all(os.environ.get(rank, "0") == "0" for rank in _RANKS)
-    with RunLock(folder) if lead else nullcontext():
+    with RunLock(folder) if leads() else nullcontext():
         # Another process may have had the lock, and finished the run, while this one was being built.
-        return 0 if _is_finished(path, config) else _compute(config, overrides, cell, folder, lead)
+        return 0 if _is_finished(path, config) else _compute(config, overrides, cell, folder)
 
 
 def _is_finished(path: Path, config: Mapping[str, Any]) -> bool:
@@ -65,9 +60,9 @@ def _is_finished(path: Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folder: Path, lead: bool) -> int:
-    """Training, evaluation and what is written about them; `lead`: this process of the run does the writing."""
-    path = folder / "record.json"
+def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folder: Path) -> int:
+    """Training, evaluation and what is written about them."""
+    path, lead = folder / "record.json", leads()
     earlier = _earlier(path, config)
     record = _opening_record(config, overrides, cell, earlier)
 
@@ -148,7 +143,8 @@ def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if path.parent.exists() and not path.parent.is_dir():
         raise CommandError(f"{path.parent} is a file; choose a folder with out=FOLDER.")
     if not path.exists():
-        if path.parent.exists() and any(file.name != LOCK for file in path.parent.iterdir()):
+        # On a cluster the processes of a run start at once, and the first one may have begun to write.
+        if leads() and path.parent.exists() and any(file.name != LOCK for file in path.parent.iterdir()):
             raise CommandError(f"{path.parent} holds other files and no run; choose another folder with out=FOLDER.")
         return None
     try:

@@ -19,6 +19,8 @@ TAKEN = 75
 """Exit code of a run that another process computes: the EX_TEMPFAIL of sysexits.h."""
 
 _TRIES, _PAUSE = 5, 0.2
+# Where the starters of several processes say which of them one is; none of them set means one process.
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 class RunTakenError(CommandError):
@@ -82,6 +84,11 @@ class RunLock:
             return self._path.stat().st_ino == os.fstat(descriptor).st_ino
         except FileNotFoundError:
             return False
+
+
+def leads() -> bool:
+    """Whether this process is the first, or the only one, of its run: the one that writes."""
+    return all(os.environ.get(rank, "0") == "0" for rank in _RANKS)
 
 
 def owner(folder: Path) -> str | None:

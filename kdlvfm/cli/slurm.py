@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import getpass
+import io
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +91,7 @@ def submit(sweep: Sweep, cells: Sequence[Cell], settings: Mapping[str, Any]) -> 
     try:
         executor = submitit.SlurmExecutor(folder=_folder(sweep), max_num_timeout=settings["max_num_timeout"])
         executor.update_parameters(**{"job_name": "kdlvfm", "stderr_to_stdout": True, **given})
-        with executor.batch():
+        with redirect_stderr(io.StringIO()), executor.batch():  # the error that is raised has Slurm's words too
             jobs = [executor.submit(CellJob(str(sweep.folder), cell.hash)) for cell in cells]
     except ValueError as error:
         raise CommandError(f"launcher: {str(error).splitlines()[0]}") from error
@@ -152,8 +154,8 @@ def _queue() -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The line of Slurm's own words."""
+    """Slurm's own words, in one line."""
     text = str(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "error:" in line]
-    return (told or lines or [type(error).__name__])[-1]
+    told = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return "; ".join(told) or (lines or [type(error).__name__])[-1]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps on a real Slurm cluster, of one node: this machine. See tests/cluster/slurm.sh."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -119,6 +120,16 @@ def test_an_array_in_which_one_cell_fails_and_a_rerun_of_what_is_missing(sweep_o
     assert [cell for cell in sweep.cells if job_of(sweep, cell) != jobs[cell]] == [lost]
 
 
+def kill_all_processes(job):
+    """SIGKILL, without warning, to everything that a job of an array has started."""
+    array, task = job.split("_")
+    marks = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another's
+            if marks <= set(environment.read_bytes().split(b"\0")):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
 def test_jobs_that_are_requeued_killed_or_out_of_time_end_with_the_bits_of_others(
     start, sweep_of, shell, small, slurm, tmp_path
 ):
@@ -126,31 +137,26 @@ def test_jobs_that_are_requeued_killed_or_out_of_time_end_with_the_bits_of_other
     _, err = undisturbed.communicate(timeout=1500)
     assert undisturbed.returncode == 0, err
 
-    def kill(job):
-        lines = slurm("scontrol", "listpids", job).splitlines()[1:]
-        for process in {int(line.split()[0]) for line in lines} - {-1}:
-            os.kill(process, signal.SIGKILL)
-
     actions = {
         0: lambda job: slurm("scontrol", "requeue", job),
-        1: kill,
+        1: kill_all_processes,
         2: lambda job: slurm("scancel", "--signal=USR2", job),  # as Slurm does before the end of a job's time
     }
     out = tmp_path / "disturbed"
     method = (*RANDOM, "seed=0,1,2", f"out={out}")
-    process = start(*method)
-    while process.poll() is None:
-        for sweep in find([out]) if out.exists() and list(out.rglob("sweep.json")) else []:
-            for cell in sweep.cells:
-                log = sweep.log(cell)
-                if cell.seed in actions and log.exists() and "step 20/100" in log.read_text():
-                    actions.pop(cell.seed)(job_of(sweep, cell))
-        for line in slurm("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").splitlines():
-            job, reason = line.split(maxsplit=1)
-            if reason == "BeginTime":  # Slurm lets two minutes pass before a requeued job starts again
-                slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        time.sleep(0.3)
-    printed, err = process.communicate()
+    with start(*method) as process:
+        while process.poll() is None:
+            for sweep in find([out]) if list(out.rglob("sweep.json")) else []:
+                for cell in sweep.cells:
+                    log = sweep.log(cell)
+                    if cell.seed in actions and log.exists() and "step 20/100" in log.read_text():
+                        actions.pop(cell.seed)(job_of(sweep, cell))
+            for line in slurm("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").splitlines():
+                job, reason = line.split(maxsplit=1)
+                if reason == "BeginTime":  # Slurm lets two minutes pass before a requeued job starts again
+                    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(0.3)
+        printed, err = process.communicate()
     assert not actions
     assert process.returncode == 1, err
     assert "2 done, 1 interrupted of 3 cells" in printed
