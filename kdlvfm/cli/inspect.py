@@ -91,7 +91,8 @@ def _outline(build: Callable[[], _Built]) -> _Built:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*to a meta parameter in the current model, which is a no-op")
             return build()
-    except NotImplementedError:  # open_clip moves its networks to a device, and so cannot do without
+    except NotImplementedError:
+        # What torch raises for open_clip, which moves its networks to a device: weights without memory cannot move.
         return build()
 
 

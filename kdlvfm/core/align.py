@@ -168,6 +168,36 @@ def class_masks(target: Tensor, num_classes: int, size: Sequence[int], ignore_in
     return F.one_hot((labels + 1) * known, num_classes + 1)[..., 1:].movedim(-1, 1).bool()
 
 
+def class_means(
+    features: Tensor,
+    target: Tensor,
+    num_classes: int,
+    ignore_index: int | None = 255,
+    *,
+    of_images: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The mean feature vector of each class, in the whole batch or in each image.
+
+    Args:
+        features: (B, C, H, W).
+        target: (B, H', W') labels, see `class_masks`.
+        num_classes: K.
+        ignore_index: label of void pixels; `None` if there is none.
+        of_images: a mean for each image instead of one for the batch.
+
+    Returns:
+        Means (G, K, C), zero for a class that is absent, and which classes are present, (G, K) booleans; G is B if
+        `of_images`, else 1.
+    """
+    features = promote(features)
+    masks = class_masks(target, num_classes, features.shape[2:], ignore_index).flatten(2).to(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        sums, counts = masks @ features.flatten(2).mT, masks.sum(dim=2)
+    if not of_images:
+        sums, counts = sums.sum(dim=0, keepdim=True), counts.sum(dim=0, keepdim=True)
+    return sums / counts.clamp(min=1).unsqueeze(2), counts > 0
+
+
 def gram_distance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of the Gram matrices x xᵀ and y yᵀ, (B, N, N) each, of x (B, N, C) and y (B, N, C').
 

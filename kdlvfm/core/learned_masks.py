@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks over a teacher's map that a task teaches: receptive tokens, what keeps them apart, and the task's loss."""
+"""Masks over a teacher's map that a task teaches: tokens, their overlap, the task's loss, and when they learn."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
+from typing_extensions import Self
 
 from kdlvfm.core.align import promote, resize_map
-from kdlvfm.core.distiller import Context, Distiller, Step
+from kdlvfm.core.aligner import Aligner
+from kdlvfm.core.distiller import Context, Distiller, Seen, Step, Update
 from kdlvfm.core.features import FeatureModel, TapError, resolve_tap
 
 
@@ -129,6 +134,66 @@ class MaskedTask(nn.Module):
             outputs = model.apply_head(read, (height, width))
         terms = step.task.loss(step.student, outputs, step.target)
         return {f"mask_{name}": term for name, term in terms.items()}
+
+
+class MaskLearner(Distiller):
+    """A distiller whose masks are learned in the first part of the run, with the task's loss, and then kept.
+
+    In that part each step has an update of the masks, and in all of the run one of the student. What the distiller
+    trains besides its projector is the group `masks`.
+
+    Args:
+        align: brings the student's map to the teacher's.
+        masked_task: the task's loss on a masked map.
+        mask_share: share of the run in which the masks are learned.
+
+    Raises:
+        ValueError: the share is none.
+    """
+
+    def __init__(self, align: Aligner, masked_task: MaskedTask, mask_share: float) -> None:
+        super().__init__()
+        if not 0 < mask_share <= 1:
+            raise ValueError(f"mask_share must be above 0 and at most 1, not {mask_share}: masks must be learned.")
+        self.align = align
+        self.masked_task = masked_task
+        self.mask_share = mask_share
+
+    @classmethod
+    def from_context(cls, context: Context, **hparams: Any) -> Self:
+        """Reads both channel counts from the taps, and the classes unless the teacher's head reads its tap.
+
+        Raises:
+            ValueError: the task is not one of dense labels.
+        """
+        return cls(**MaskedTask.arguments(context, cls, hparams), **hparams)
+
+    @abstractmethod
+    def mask_terms(self, step: Step, features: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the masks learn from: the task's terms on the teacher's masked map, and further terms.
+
+        Args:
+            step: the training step.
+            features: the teacher's map.
+        """
+
+    def parameter_groups(self, student: nn.Module) -> dict[str, list[Parameter]]:
+        """The student with the projector, and what is learned with the masks."""
+        projector = {id(parameter) for parameter in self.align.parameters()}
+        moved = (*student.parameters(), *self.align.parameters())
+        return {
+            "student": [parameter for parameter in moved if parameter.requires_grad],
+            "masks": [parameter for parameter in self.parameters() if id(parameter) not in projector],
+        }
+
+    def updates(self, step: Step) -> Iterator[Update]:
+        """In the first part of the run an update of the masks, then in all of it the student's."""
+        if step.progress < self.mask_share:
+            teacher = step.teacher_features(self.teacher_taps)
+            step = replace(step, seen=Seen(step.seen.student, {**step.seen.teacher, **teacher}, step.seen.task))
+            task, others = self.mask_terms(step, teacher[self.teacher_taps[0]])
+            yield Update({**task, **others}, group="masks", task_terms=tuple(task))
+        yield from super().updates(step)
 
 
 def _canonical(tap: str, model: FeatureModel) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
@@ -15,6 +15,7 @@ from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, promote
 from kdlvfm.core.aligner import Aligner, Target
 from kdlvfm.core.projectors import Projector
+from kdlvfm.distillers.mgd import mgd_generator, mgd_loss, random_mask
 
 Negatives = Literal["channels", "all"]
 
@@ -192,11 +193,7 @@ class AfDCD(Distiller):
         self.negatives: Negatives = negatives
         self.pool = pool
         self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
-        self.generator = nn.Sequential(
-            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
-        )
+        self.generator = mgd_generator(teacher_dim)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
@@ -207,9 +204,8 @@ class AfDCD(Distiller):
         """The terms `afdcd_feature` and `afdcd_contrast`; a new mask at every call."""
         del target
         projected, goal = self.align(student[self.student_taps[0]], teacher[self.teacher_taps[0]])
-        kept = torch.rand(len(projected), 1, *projected.shape[2:], device=projected.device) >= self.drop_ratio
-        generated = promote(self.generator(projected * kept))
-        feature = F.mse_loss(generated, goal, reduction="sum") / len(generated)
+        generated = promote(self.generator(projected * random_mask(projected, self.drop_ratio)))
+        feature = mgd_loss(generated, goal)
         if self.pool is not None:
             generated, goal = F.max_pool2d(generated, self.pool), F.max_pool2d(goal, self.pool)
         contrast = afdcd_loss(generated, goal, self.temperature, self.patch, self.groups, negatives=self.negatives)

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn import functional as F
-from typing_extensions import Self
 
-from kdlvfm.core import Context, Distiller, Features, Step, Update
+from kdlvfm.core import Features, Step
 from kdlvfm.core.align import Resize, promote
 from kdlvfm.core.aligner import Aligner, Target
-from kdlvfm.core.distiller import Seen
-from kdlvfm.core.learned_masks import MaskedTask, ReceptiveTokens, mask_diversity_loss
+from kdlvfm.core.learned_masks import MaskedTask, MaskLearner, ReceptiveTokens, mask_diversity_loss
 from kdlvfm.core.projectors import Projector
 
 
@@ -124,7 +120,7 @@ def freekd_loss(student: Tensor, teacher: Tensor, masks: Sequence[Tensor | None]
     return torch.stack(losses).sum()
 
 
-class FreeKD(Distiller):
+class FreeKD(MaskLearner):
     """Regression of the bands of the teacher's map inside masks, which are learned with the task's loss and then kept.
 
     A mask shows how much a band at each position, its directions summed, points the way of a learned token (a frequency
@@ -188,37 +184,19 @@ class FreeKD(Distiller):
         resize: Resize = "larger",
         target: Target = "standardize",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target),
+            MaskedTask(teacher_tap, teacher_dim, num_classes),
+            mask_share,
+        )
         if num_tokens < 1 or levels < 1:
             raise ValueError(f"num_tokens and levels must be at least 1, not {num_tokens} and {levels}.")
-        if not 0 < mask_share <= 1:
-            raise ValueError(f"mask_share must be above 0 and at most 1, not {mask_share}: masks must be learned.")
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
         self.map_weight = map_weight
         self.low = low
         self.diversity_weight = diversity_weight
-        self.mask_share = mask_share
-        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
         self.prompts = nn.ModuleList(ReceptiveTokens(num_tokens, teacher_dim) for _ in range(levels + 1))
-        self.masked_task = MaskedTask(teacher_tap, teacher_dim, num_classes)
-
-    @classmethod
-    def from_context(cls, context: Context, **hparams: Any) -> Self:
-        """Reads both channel counts from the taps, and the classes unless the teacher's head reads its tap.
-
-        Raises:
-            ValueError: the task is not one of dense labels.
-        """
-        return cls(**MaskedTask.arguments(context, cls, hparams), **hparams)
-
-    def parameter_groups(self, student: nn.Module) -> dict[str, list[Parameter]]:
-        """The student with the projector, and what is learned with the masks."""
-        moved = (*student.parameters(), *self.align.parameters())
-        return {
-            "student": [parameter for parameter in moved if parameter.requires_grad],
-            "masks": [*self.prompts.parameters(), *self.masked_task.parameters()],
-        }
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The terms `freekd`, by the masks as they are, and `freekd_map`."""
@@ -233,26 +211,18 @@ class FreeKD(Distiller):
             terms["freekd_map"] = self.map_weight * F.mse_loss(projected, goal)
         return terms
 
-    def updates(self, step: Step) -> Iterator[Update]:
-        """In the first part of the run an update of the masks, then in all of it the student's."""
-        if step.progress < self.mask_share:
-            teacher = step.teacher_features(self.teacher_taps)
-            step = replace(step, seen=Seen(step.seen.student, {**step.seen.teacher, **teacher}))
-            yield self._mask_update(step, teacher[self.teacher_taps[0]])
-        yield from super().updates(step)
-
-    def _mask_update(self, step: Step, features: Tensor) -> Update:
+    def mask_terms(self, step: Step, features: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The task's on the map put together again from masked bands, and the overlap of the masks of each band."""
         goal = self.align.targets(features)
         masks = self._masks(goal)
         shown = self.masked_task.shown(features, goal)
         bands = haar_bands(shown, len(masks) - 1)
         inside = [band * mask.sum(dim=1)[:, None, None] for band, mask in zip(bands, masks, strict=True)]
-        terms = self.masked_task(step, haar_inverse(inside, shown.shape[2:]))
-        task_terms = tuple(terms)
+        overlap = {}
         if masks[0].shape[1] > 1 and self.diversity_weight:
-            overlap = torch.stack([mask_diversity_loss(mask) for mask in masks]).sum()
-            terms["mask_diversity"] = self.diversity_weight * overlap
-        return Update(terms, group="masks", task_terms=task_terms)
+            each = torch.stack([mask_diversity_loss(mask) for mask in masks])
+            overlap["mask_diversity"] = self.diversity_weight * each.sum()
+        return self.masked_task(step, haar_inverse(inside, shown.shape[2:])), overlap
 
     def _masks(self, x: Tensor) -> list[Tensor]:
         """Those of each band of a map, (B, T, h, w)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, class_masks, promote, unit_vectors
+from kdlvfm.core.align import Resize, class_means, unit_vectors
 from kdlvfm.core.aligner import Aligner, Target
 from kdlvfm.core.distributed import gather_batch
 from kdlvfm.core.projectors import Projector
@@ -36,12 +36,8 @@ def class_prototypes(
     Returns:
         Prototypes (K, C), zero for a class that is absent, and which classes are present, (K,) booleans.
     """
-    features = promote(features)
-    masks = class_masks(target, num_classes, features.shape[2:], ignore_index).flatten(2).to(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        sums = (masks @ features.flatten(2).mT).sum(dim=0)
-    counts = masks.sum(dim=(0, 2))
-    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+    means, present = class_means(features, target, num_classes, ignore_index)
+    return means[0], present[0]
 
 
 def i2ckd_loss(

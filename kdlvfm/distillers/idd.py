@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, TargetNorm, class_masks, match_size, normalise_target, promote
+from kdlvfm.core.align import Resize, TargetNorm, class_means, match_size, normalise_target, promote
 from kdlvfm.core.distributed import gather_batch
 
 Scope = Literal["batch", "image"]
@@ -85,14 +85,9 @@ def _distances(
     features: Tensor, target: Tensor, num_classes: int, ignore_index: int | None, prototypes: Scope
 ) -> tuple[Tensor, Tensor]:
     """Distances (G, K, K) between the prototypes of each graph, and which of them join two classes present."""
-    masks = class_masks(target, num_classes, features.shape[2:], ignore_index).flatten(2).to(features.dtype)
+    means, present = class_means(features, target, num_classes, ignore_index, of_images=prototypes == "image")
     with torch.autocast(features.device.type, enabled=False):
-        sums, counts = masks @ features.flatten(2).mT, masks.sum(dim=2)
-        if prototypes == "batch":
-            sums, counts = sums.sum(dim=0, keepdim=True), counts.sum(dim=0, keepdim=True)
-        means = sums / counts.clamp(min=1).unsqueeze(2)
         distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
-    present = counts > 0
     others = ~torch.eye(num_classes, dtype=torch.bool, device=features.device)
     return distances, present.unsqueeze(2) & present.unsqueeze(1) & others
 
@@ -116,6 +111,9 @@ class IDD(Distiller):
             deciding all distances, or as they are (`"raw"`, the paper); see `kdlvfm.core.align.normalise_target`.
         gather: prototypes over the batches of all processes; by default each process has its own.
 
+    Raises:
+        ValueError: normalised distances of fewer than three classes, which say nothing.
+
     Example:
         >>> idd = IDD(num_classes=3)
         >>> labels = torch.randint(0, 3, (2, 32, 32))
@@ -138,6 +136,11 @@ class IDD(Distiller):
         gather: bool = False,
     ) -> None:
         super().__init__()
+        if normalise and num_classes < 3:
+            raise ValueError(
+                f"with {num_classes} classes there is one distance, and normalised it is always the same: pass "
+                "normalise=False."
+            )
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.num_classes = num_classes
         self.loss_weight = loss_weight

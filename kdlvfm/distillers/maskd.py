@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from typing_extensions import Self
 
-from kdlvfm.core import Context, Distiller, Features, Step, Update
+from kdlvfm.core import Features, Step
 from kdlvfm.core.align import Resize, promote
 from kdlvfm.core.aligner import Aligner, Target
-from kdlvfm.core.distiller import Seen
-from kdlvfm.core.learned_masks import MaskedTask, ReceptiveTokens, mask_diversity_loss
+from kdlvfm.core.learned_masks import MaskedTask, MaskLearner, ReceptiveTokens, mask_diversity_loss
 from kdlvfm.core.projectors import Projector
 
 
@@ -64,7 +59,7 @@ def maskd_loss(student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor 
     return (promote(weights.detach()) * losses).sum() / batch
 
 
-class MasKD(Distiller):
+class MasKD(MaskLearner):
     """Regression of the teacher's map inside masks, which are learned with the task's loss and then kept.
 
     A mask shows how much the features at each position point the way of a learned token. In the first part of the run
@@ -126,19 +121,18 @@ class MasKD(Distiller):
         resize: Resize = "larger",
         target: Target = "standardize",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target),
+            MaskedTask(teacher_tap, teacher_dim, num_classes),
+            mask_share,
+        )
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, not {num_tokens}.")
-        if not 0 < mask_share <= 1:
-            raise ValueError(f"mask_share must be above 0 and at most 1, not {mask_share}: masks must be learned.")
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.loss_weight = loss_weight
         self.diversity_weight = diversity_weight
-        self.mask_share = mask_share
         self.customised = customised
-        self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
         self.tokens = ReceptiveTokens(num_tokens, teacher_dim)
-        self.masked_task = MaskedTask(teacher_tap, teacher_dim, num_classes)
         self.weigher: nn.Sequential | None = None
         if weighted:
             self.weigher = nn.Sequential(
@@ -147,24 +141,6 @@ class MasKD(Distiller):
                 nn.Conv2d(teacher_dim, num_tokens, kernel_size=1),
                 nn.Flatten(),
             )
-
-    @classmethod
-    def from_context(cls, context: Context, **hparams: Any) -> Self:
-        """Reads both channel counts from the taps, and the classes unless the teacher's head reads its tap.
-
-        Raises:
-            ValueError: the task is not one of dense labels.
-        """
-        return cls(**MaskedTask.arguments(context, cls, hparams), **hparams)
-
-    def parameter_groups(self, student: nn.Module) -> dict[str, list[Parameter]]:
-        """The student with the projector, and what is learned with the masks."""
-        moved = (*student.parameters(), *self.align.parameters())
-        own = [part for part in (self.tokens, self.masked_task, self.weigher) if part is not None]
-        return {
-            "student": [parameter for parameter in moved if parameter.requires_grad],
-            "masks": [parameter for part in own for parameter in part.parameters()],
-        }
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `maskd`, by the masks as they are."""
@@ -176,24 +152,16 @@ class MasKD(Distiller):
                 masks = masks * self.tokens(projected)
         return {"maskd": self.loss_weight * maskd_loss(projected, goal, masks, weights)}
 
-    def updates(self, step: Step) -> Iterator[Update]:
-        """In the first part of the run an update of the masks, then in all of it the student's."""
-        if step.progress < self.mask_share:
-            teacher = step.teacher_features(self.teacher_taps)
-            step = replace(step, seen=Seen(step.seen.student, {**step.seen.teacher, **teacher}))
-            yield self._mask_update(step, teacher[self.teacher_taps[0]])
-        yield from super().updates(step)
-
-    def _mask_update(self, step: Step, features: Tensor) -> Update:
+    def mask_terms(self, step: Step, features: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The task's on the map under all masks, and the masks' overlap."""
         goal = self.align.targets(features)
         masks, weights = self.tokens(goal), self._weights(goal)
         share = masks if weights is None else masks * weights[:, :, None, None]
         masked = self.masked_task.shown(features, goal) * share.sum(dim=1, keepdim=True)
-        terms = self.masked_task(step, masked)
-        task_terms = tuple(terms)
+        overlap = {}
         if masks.shape[1] > 1 and self.diversity_weight:
-            terms["mask_diversity"] = self.diversity_weight * mask_diversity_loss(masks)
-        return Update(terms, group="masks", task_terms=task_terms)
+            overlap["mask_diversity"] = self.diversity_weight * mask_diversity_loss(masks)
+        return self.masked_task(step, masked), overlap
 
     def _weights(self, features: Tensor) -> Tensor | None:
         """How much each mask counts in an image, (B, T), 1 in all; `None` for all alike."""

@@ -69,6 +69,13 @@ def random_mask(x: Tensor, drop_ratio: float, unit: Unit = "position") -> Tensor
     return (torch.rand(shapes[unit], device=x.device) >= drop_ratio).to(x.dtype)
 
 
+def mgd_generator(dim: int) -> nn.Sequential:
+    """What makes a whole map (B, `dim`, H, W) of a masked one: two 3x3 convolutions and a ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(dim, dim, kernel_size=3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+    )
+
+
 class MGD(Distiller):
     """Generation of the teacher's map from the student's, most of which is masked.
 
@@ -120,11 +127,7 @@ class MGD(Distiller):
         self.drop_ratio = drop_ratio
         self.unit: Unit = unit
         self.align = Aligner(student_dim, teacher_dim, projector=projector, resize=resize, target=target)
-        self.generator = nn.Sequential(
-            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
-        )
+        self.generator = mgd_generator(teacher_dim)
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:

@@ -251,3 +251,21 @@ def test_align_scale_of_a_constant_map_is_the_teachers_mean():
 def test_align_scale_needs_one_number_of_channels():
     with pytest.raises(ValueError, match=r"channels must agree, not 3 \(student\) and 4 \(teacher\)"):
         align.align_scale(torch.rand(1, 3, 2, 2), torch.rand(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("of_images", [False, True])
+def test_class_means_against_loops(of_images):
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    target = torch.randint(-1, 4, (2, 4, 5))
+    target[0, 0], target[1][target[1] == 2] = 255, 0
+    means, present = align.class_means(features, target, 5, of_images=of_images)
+    parts = [[0], [1]] if of_images else [[0, 1]]
+    assert means.shape == (len(parts), 5, 3)
+    for part, images in enumerate(parts):
+        for k in range(5):
+            found = [
+                features[b, :, i, j] for b in images for i in range(4) for j in range(5) if int(target[b, i, j]) == k
+            ]
+            assert bool(present[part, k]) == bool(found)
+            expected = torch.stack(found).mean(0) if found else torch.zeros(3, dtype=torch.float64)
+            torch.testing.assert_close(means[part, k], expected)

@@ -215,4 +215,10 @@ def test_student_gets_a_gradient_and_the_teacher_none():
 
 def test_from_context_reads_the_number_of_classes(context):
     assert IDD.from_context(context).num_classes == context.num_classes
-    assert IDD.from_context(context, num_classes=2).num_classes == 2
+    assert IDD.from_context(context, num_classes=7).num_classes == 7
+
+
+def test_two_classes_have_one_distance_which_normalised_says_nothing():
+    with pytest.raises(ValueError, match="pass normalise=False"):
+        IDD(num_classes=2)
+    assert IDD(num_classes=2, normalise=False).num_classes == 2
