@@ -36,6 +36,9 @@ Every method is chosen by `distiller=<name>`; its options are the arguments of i
   which [diagnostics](concepts.md#diagnostics) show. `distiller.loss_weight=` changes it.
 - *seg*, *det*: segmentation, detection.
 
+Cells are blank where nothing was measured: both measurements are of segmentation, which methods for detectors alone do
+not do, and DeiT needs a student with a distillation token.
+
 | `distiller=` | what it does | paper | reads | trains | groups | extra parameters | step | pull | for |
 | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |
 """

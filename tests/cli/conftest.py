@@ -30,6 +30,32 @@ SMALL = (
 )
 STUDENT = ("student=timm_linear", "student.encoder.name=test_resnet", "student.encoder.pretrained=false")
 VIT = ("teacher=timm", "teacher.name=test_vit", "teacher.pretrained=false")
+TWO_STEPS = (
+    "data=digit_scenes",
+    "data.labelled=6",
+    "data.unlabelled=6",
+    "data.val=2",
+    "data.test=2",
+    "recipe=digit_scenes",
+    "recipe.steps=2",
+    "recipe.batch_size=6",
+    "recipe.warmup_steps=0",
+    "run.num_workers=0",
+    "run.progress=none",
+    "logger=none",
+    "teacher=digit_scenes_vit",
+)
+RESNET = ("student=resnet18_fpn", "student.pretrained=false")
+# A method that is for students of one kind only.
+STUDENTS = {
+    "deit": (
+        "student=timm_linear",
+        "student.encoder.name=deit_tiny_distilled_patch16_224",
+        "student.encoder.pretrained=false",
+        "student.encoder.model_kwargs.depth=2",
+        "student.encoder.model_kwargs.num_classes=11",
+    )
+}
 
 
 class Outcome(NamedTuple):
@@ -69,6 +95,18 @@ def vit():
 @pytest.fixture(scope="session")
 def small():
     return (*SMALL, *STUDENT)
+
+
+@pytest.fixture(scope="session")
+def two_steps():
+    """The options of a run of two steps with the package's own ViT as teacher; the student is still to be named."""
+    return TWO_STEPS
+
+
+@pytest.fixture(scope="session")
+def student_of():
+    """The options of a student that a distiller can teach."""
+    return lambda distiller: STUDENTS.get(distiller, RESNET)
 
 
 @pytest.fixture

@@ -11,24 +11,13 @@ from kdlvfm.cli.composites import expanded, name_of, names_in
 from kdlvfm.cli.config import compose, default_parts
 from kdlvfm.cli.lifecycle import run_folder
 
-FEW = (
-    "data=digit_scenes",
-    "data.labelled=6",
-    "data.unlabelled=6",
-    "data.val=2",
-    "data.test=2",
-    "recipe=digit_scenes",
-    "recipe.steps=2",
-    "recipe.batch_size=6",
-    "recipe.warmup_steps=0",
-    "run.num_workers=0",
-    "run.progress=none",
-    "logger=none",
-    "teacher=digit_scenes_vit",
-    "student=resnet18_fpn",
-    "student.pretrained=false",
-)
 PART = "distiller@distiller.parts."
+
+
+@pytest.fixture
+def few(two_steps, student_of):
+    """The options of a run of two steps."""
+    return (*two_steps, *student_of("kd"))
 
 
 def parts_of(*overrides):
@@ -144,9 +133,9 @@ def test_a_folder_bears_the_name(choice, begins):
         (["distiller=kd,kd+cwd"], ["--multirun"]),
     ],
 )
-def test_mistakes_end_with_one_line(overrides, words, kdlvfm, tmp_path):
+def test_mistakes_end_with_one_line(few, overrides, words, kdlvfm, tmp_path):
     out = tmp_path / "refused"
-    ended = kdlvfm("train", *FEW, f"out={out}", *overrides)
+    ended = kdlvfm("train", *few, f"out={out}", *overrides)
     assert ended.code == 1
     assert ended.err.startswith("kdlvfm train: error: ")
     assert ended.err.count("\n") == 1
@@ -155,21 +144,21 @@ def test_mistakes_end_with_one_line(overrides, words, kdlvfm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tap_that_a_term_does_not_depend_on_fails_the_run_with_advice(kdlvfm, tmp_path):
+def test_a_tap_that_a_term_does_not_depend_on_fails_the_run_with_advice(few, kdlvfm, tmp_path):
     out = tmp_path / "run"
     early = ("distiller=sckd:kd+fitnet", "distiller.parts.fitnet.student_tap=map.1", "distiller.at=map.-1")
-    ended = kdlvfm("train", *FEW, f"out={out}", *early)
+    ended = kdlvfm("train", *few, f"out={out}", *early)
     assert ended.code == 1
     assert "fitnet/fitnet cannot be judged at=map.-1" in ended.err
     assert "set at to null" in ended.err
-    assert kdlvfm("train", *FEW, f"out={tmp_path / 'better'}", *early, "distiller.at=map.1").code == 0
+    assert kdlvfm("train", *few, f"out={tmp_path / 'better'}", *early, "distiller.at=map.1").code == 0
 
 
 @pytest.mark.slow
-def test_a_whole_run_is_recorded_and_tabulated(kdlvfm, tmp_path):
+def test_a_whole_run_is_recorded_and_tabulated(few, kdlvfm, tmp_path):
     settings = ("distiller.parts.fitnet.loss_weight=5", "distiller.weights.kd.share=0.2")
     for name, distiller in (("one", ("distiller=fitnet",)), ("both", ("distiller=kd+fitnet", *settings))):
-        ended = kdlvfm("train", *FEW, *distiller, f"out={tmp_path / name}")
+        ended = kdlvfm("train", *few, *distiller, f"out={tmp_path / name}")
         assert ended.code == 0, ended.err
     assert "distiller  kd+fitnet, student logits, map.-1" in ended.out
     alone, record = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("one", "both"))
@@ -191,10 +180,10 @@ def test_a_whole_run_is_recorded_and_tabulated(kdlvfm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_over_composites(shell, tmp_path):
+def test_a_sweep_over_composites(few, shell, tmp_path):
     environment = {"PYTHONPATH": str(Path(kdlvfm.__file__).parents[1])}
     choices = ("distiller=none,kd+cwd,sckd:gram", "recipe.steps=1")
-    sweep = shell("train", "-m", *FEW, *choices, cwd=tmp_path, env=environment)
+    sweep = shell("train", "-m", *few, *choices, cwd=tmp_path, env=environment)
     out, err = sweep.communicate(timeout=500)
     assert sweep.returncode == 0, err
     found = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]

@@ -15,17 +15,6 @@ DATA = Path(os.environ.get("KDLVFM_DATA") or "no-data")
 WEIGHTS = DATA / "weights" / "vit_tiny_patch16_224.safetensors"
 SEGMENTERS = [name for name in options("distiller") if "segmentation" in read_about("distiller", name)["tasks"]]
 IMAGES = {"train": 12, "val": 2, "test": 2}
-STUDENT = ("student=resnet18_fpn", "student.pretrained=false")
-# A method that is for students of one kind only.
-STUDENTS = {
-    "deit": (
-        "student=timm_linear",
-        "student.encoder.name=deit_tiny_distilled_patch16_224",
-        "student.encoder.pretrained=false",
-        "student.encoder.model_kwargs.depth=2",
-        "student.encoder.model_kwargs.num_classes=11",
-    )
-}
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,9 +69,8 @@ def teacher(few, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
-def test_trains(kdlvfm, few, teacher, tmp_path, name):
-    student = STUDENTS.get(name, STUDENT)
-    ended = kdlvfm("train", *few, *teacher, *student, f"distiller={name}", f"out={tmp_path / 'run'}")
+def test_trains(kdlvfm, few, teacher, student_of, tmp_path, name):
+    ended = kdlvfm("train", *few, *teacher, *student_of(name), f"distiller={name}", f"out={tmp_path / 'run'}")
     assert ended.code == 0, ended.err
     record = json.loads((tmp_path / "run" / "record.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished"
