@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 TABLES = [
     ("README.md", "demo", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
+    ("experiments/bccd/README.md", "bccd", "test"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
 ]
 
