@@ -6,18 +6,28 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdlvfm.cli import CommandError
-from kdlvfm.cli.composites import PART, check_composite, expanded, in_order, name_of, names_in
+from kdlvfm.cli.composites import (
+    PART,
+    SYNTHESIZER,
+    check_composite,
+    expanded,
+    in_order,
+    name_of,
+    names_in,
+    synthesizer_in,
+)
 
 GROUPS = (
     "teacher",
     "student",
     "distiller",
+    "synthesizer",
     "task",
     "data",
     "recipe",
@@ -77,6 +87,8 @@ def check_names(overrides: Sequence[str]) -> None:
             for name in names:
                 _check_name(group, name)
             if key == "distiller":
+                if (synthesizer := synthesizer_in(choice)) is not None:
+                    _check_name("synthesizer", synthesizer)
                 check_composite(choice, default_parts)
 
 
@@ -96,16 +108,23 @@ def default_parts(distiller: str) -> dict[str, str]:
         return {}
     node = yaml.safe_load((config_dir() / "distiller" / f"{distiller}.yaml").read_text(encoding="utf-8"))
     chosen = [entry for entry in node.get("defaults", []) if isinstance(entry, dict)]
-    return {key.removeprefix("/distiller@parts."): method for entry in chosen for key, method in entry.items()}
+    prefix = "/distiller@parts."
+    parts = [item for entry in chosen for item in entry.items() if item[0].startswith(prefix)]
+    return {key.removeprefix(prefix): method for key, method in parts}
 
 
 # Further choices of a group: the members of an ensemble of teachers, under names of the user's own.
 _ADDED = "teacher@teacher.members."
 
 
+# What `teacher_cache=build` is short for.
+_CACHE = re.compile(r"^teacher_cache=(?!\{)")
+
+
 def opened(overrides: Sequence[str]) -> list[str]:
     """The overrides in Hydra's grammar: `distiller.temperature=2` sets the value or, with `++`, adds it."""
-    added = [f"+{override}" if override.startswith(_ADDED) else override for override in overrides]
+    written = [_CACHE.sub("teacher_cache.mode=", override) for override in overrides]
+    added = [f"+{override}" if override.startswith(_ADDED) else override for override in written]
     return [f"++{override}" if override.startswith(_OPEN) else override for override in added]
 
 
@@ -164,7 +183,8 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
     if isinstance(config["distiller"].get("parts"), dict) and default_parts(choices["distiller"]):
         parts = config["distiller"]["parts"] = in_order(config["distiller"]["parts"], written)
         # A part that is a node of the user's own, not the choice of a name, goes by the name of the part.
-        choices["distiller"] = name_of(choices["distiller"], [chosen.get(f"{PART}{part}", part) for part in parts])
+        methods = [chosen.get(f"{PART}{part}", part) for part in parts]
+        choices["distiller"] = name_of(choices["distiller"], methods, chosen.get(SYNTHESIZER))
     settings = config.pop("launcher")
     launcher = Launcher(settings.pop("kind"), settings, swept)
     del choices["launcher"]
@@ -173,6 +193,13 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
     if choices["distiller"] == "none" or choices["teacher"] == "none":
         # The baseline never sees a teacher: one run serves the comparison with every teacher.
         config["teacher"], choices["teacher"] = None, "none"
+        config["teacher_cache"]["mode"] = "none"
+    if config["equal_time"] is not None:
+        from kdlvfm.cli.equal_time import match
+
+        matched = match(config)
+        config, launcher = compose_cell([*overrides, "equal_time=null", f"recipe.steps={matched['steps']}"])
+        config["equal_time"] = matched
     return config, launcher
 
 
@@ -207,16 +234,21 @@ def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
         raise cause from error
 
 
-def check_targets(config: Any, origin: Path) -> None:
+def check_targets(config: Any, origin: Path, trusted: Collection[str] = ()) -> None:
     """Raise if a configuration read from a run folder names anything but classes of this library to call.
 
     What our modules import is not meant: `kdlvfm.data.files.io.open` would be a way to any function there is.
+
+    Args:
+        config: the configuration, or a part of it.
+        origin: the file that it was read from.
+        trusted: functions that may be called besides.
 
     Raises:
         CommandError: naming the target.
     """
     for target in _targets(config):
-        if not _is_own_class(target):
+        if target not in trusted and not _is_own_class(target):
             raise CommandError(f"{origin} asks to call {target!r}, which is no class of kdlvfm; it was not loaded.")
 
 

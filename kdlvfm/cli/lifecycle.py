@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +20,11 @@ from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import Cell, build, check_numbers
 from kdlvfm.cli.config import instantiate
 from kdlvfm.cli.lock import LOCK, RunLock, leads
-from kdlvfm.cli.runs import WEIGHTS, read_run
-from kdlvfm.core import Teacher
+from kdlvfm.cli.measure import measure, whole_forward, write_weights
 from kdlvfm.reporting import record as records
 from kdlvfm.reporting.cost import count_macs, count_parameters
-from kdlvfm.training.fit import evaluate, fit
-
-Loader = Callable[[], Iterable[Any]]
+from kdlvfm.reporting.reading import reading_of
+from kdlvfm.training.fit import fit
 
 
 def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
@@ -76,6 +74,8 @@ def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folde
         _describe(folder, cell, config)
     began = time.perf_counter()
     try:
+        if cell.cache is not None:
+            record["teacher_cache"] = cell.cache.fill()
         result = fit(
             module=cell.module,
             data=cell.data,
@@ -96,22 +96,17 @@ def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folde
             if lead:
                 print(f"Interrupted. To go on: {command_line(overrides)}")
             return 130
-        every = {"val": cell.data.val_dataloader, "test": cell.data.test_dataloader}
-        loaders = {split: loader for split, loader in every.items() if split in cell.data.splits}
-        metrics = {
-            split: evaluate(cell.student, loader(), cell.task, result.device) for split, loader in loaders.items()
-        }
+        measured = measure(cell, config, folder, result.device)
         if cell.teacher is not None:
-            run = config["teacher"].get("run")
-            record["teacher"]["metrics"] = _teacher_metrics(cell.teacher, run, cell, loaders, result.device)
+            record["teacher"]["metrics"] = measured.pop("teacher_metrics")
         if lead:
-            _write_weights(cell.student, folder)
+            write_weights(cell.student, folder)
         save(
             status="finished",
             ended=records.now(),
-            metrics=metrics,
             selected_step=result.selected_step,
             cost=_cost(began, earlier, result.cost),
+            **measured,
             **found,
         )
     except (KeyboardInterrupt, SystemExit):
@@ -133,9 +128,15 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     if config["out"] is not None:
         return Path(str(config["out"]))
     choices = config["choices"]
-    distiller = choices["distiller"].replace(":", "-")  # a colon is no part of a file's name on every system
-    name = f"{distiller}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
+    name = f"{_name(config)}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
+    name = name.replace(":", "-")  # a colon is no part of a file's name on every system
     return Path("runs", str(choices["data"]), str(choices["student"]), name)
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """The distiller, and of a baseline that trains as long as a method that one too."""
+    longer = f"-as-long-as-{config['equal_time']['method']}" if config["equal_time"] else ""
+    return f"{config['choices']['distiller']}{longer}"
 
 
 def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -167,13 +168,12 @@ def _opening_record(
 ) -> dict[str, Any]:
     """All that is known before training."""
     size = cell.data.input_size()
-    taps = cell.task.student_taps(cell.student)
     teacher = cell.teacher
     return {
         "schema": records.SCHEMA,
         "status": "running",
         "error": None,
-        "name": f"{config['choices']['distiller']}-seed{config['seed']}",
+        "name": f"{_name(config)}-seed{config['seed']}",
         "started": earlier["started"] if earlier else records.now(),
         "ended": None,
         "command": ["kdlvfm", "train", *overrides],
@@ -188,7 +188,7 @@ def _opening_record(
         "student": {
             **asdict(cell.student.card),
             "parameters": count_parameters(cell.student),
-            "macs": count_macs(cell.student, size, forward=lambda images: cell.student(images, taps)),
+            "macs": count_macs(cell.student, size, forward=whole_forward(cell.student, cell.task)),
             "input_size": list(size),
         },
         "distiller": {
@@ -198,7 +198,11 @@ def _opening_record(
             "student_taps": list(cell.distiller.student_taps),
             "teacher_taps": list(cell.distiller.teacher_taps),
         },
-        "task": {"name": config["choices"]["task"], "primary_metric": cell.task.primary_metric},
+        "task": {
+            "name": config["choices"]["task"],
+            "primary_metric": cell.task.primary_metric,
+            "distances": list(cell.task.distances),
+        },
         "data": {
             "name": cell.data.name,
             "classes": list(cell.data.class_names),
@@ -213,6 +217,8 @@ def _opening_record(
         "metrics": {},
         "curve": [],
         "cost": None,
+        "inference": None,
+        "per_image": None,
     }
 
 
@@ -226,26 +232,6 @@ def _settings(node: Mapping[str, Any]) -> dict[str, Any]:
         elif not key.startswith("_"):
             settings[key] = value
     return settings
-
-
-def _teacher_metrics(
-    teacher: Teacher, run: str | None, cell: Cell, loaders: Mapping[str, Loader], device: torch.device
-) -> dict[str, Any] | None:
-    """The upper bound: the metrics of a teacher that has a head, from its own run where that saw the same data."""
-    if not cell.task.solves(teacher.model):
-        return None  # no head, or one for other classes, such as a classifier of images
-    if run is not None:
-        record = read_run(Path(run))
-        if record["data"]["split_hash"] == cell.data.split_hash():
-            metrics: dict[str, Any] = record["metrics"]
-            return metrics
-    return {split: evaluate(teacher, loader(), cell.task, device) for split, loader in loaders.items()}
-
-
-def _write_weights(student: Any, folder: Path) -> None:
-    from safetensors.torch import save_model
-
-    save_model(student.net.cpu(), str(folder / WEIGHTS))
 
 
 def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
@@ -264,15 +250,24 @@ def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
         f"distiller  {config['choices']['distiller']}"
         + (f", student {taps[0]}, teacher {taps[1]}" if any(taps) else "")
     )
+    if config["equal_time"]:
+        longer = config["equal_time"]
+        print(
+            f"steps      {longer['steps']} instead of {longer['recipe_steps']}: a step of {longer['method']} took "
+            f"{longer['factor']:.2f} times as long as one of the baseline"
+        )
     print(f"data       {cell.data.name}, {json.dumps(cell.data.counts())[1:-1].replace(chr(34), '')}")
     print(f"run        {folder}")
 
 
 def _closing(folder: Path, record: Mapping[str, Any]) -> None:
     for split, metrics in record["metrics"].items():
-        shown = "  ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items() if isinstance(value, float))
+        single = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        shown = "  ".join(f"{name} {reading_of(record, name).text(value)}" for name, value in single.items())
         print(f"{split:<10} {shown}")
-    print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt")
+    per_image = record.get("per_image")
+    more = f", {per_image['file']}" if per_image else ""
+    print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt{more}")
     split = "" if "test" in record["metrics"] else " --split val"
     print(f"next       kdlvfm table {folder.parent}{split}    or    kdlvfm evaluate {folder} --split val")
 

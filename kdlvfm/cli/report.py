@@ -31,6 +31,12 @@ def run(arguments: Sequence[str]) -> int:
         help="images of the split on which predictions are drawn, where students and data are at hand; 0 for none "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        help="also make a run of this project of Weights & Biases, PROJECT or ENTITY/PROJECT, with the table and, as "
+        "an artifact, the page; with WANDB_MODE=offline in a folder",
+    )
     options = parser.parse_args(arguments)
     if options.scenes < 0:
         raise CommandError("--scenes must be at least 0.")
@@ -43,18 +49,25 @@ def run(arguments: Sequence[str]) -> int:
     from kdlvfm.reporting.collect import collect
     from kdlvfm.reporting.html import to_html
     from kdlvfm.reporting.tables import summarise
+    from kdlvfm.reporting.weights_and_biases import PublishError, check_project, publish
 
+    if options.wandb is not None:
+        try:
+            check_project(options.wandb)
+        except PublishError as error:
+            raise CommandError(str(error)) from error
     collection = collect(options.runs)
     for problem in collection.problems:
         print(f"not used: {problem}", file=sys.stderr)
     if not collection.records:
         raise CommandError("there is no run record to show.")
     try:
-        table = summarise(collection.records.values(), options.split, options.metric)
+        table = summarise(collection.records.values(), options.split, options.metric, collection.folders)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    folders = {record["config_hash"]: file.parent for file, record in collection.records.items()}
-    pictures = [draw_block(block, folders, options.scenes) for block in table.blocks]
+    if any(block.reading.less_is_better for block in table.blocks):
+        raise CommandError("the page shows fractions only, and these runs have distances: use kdlvfm table.")
+    pictures = [draw_block(block, collection.folders, options.scenes) for block in table.blocks]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     page = to_html(
         table,
@@ -69,5 +82,11 @@ def run(arguments: Sequence[str]) -> int:
     for block, picture in zip(table.blocks, pictures, strict=True):
         if picture.png is None:
             print(f"note   {block.data}: {picture.note}")
+    if options.wandb is not None:
+        try:
+            run = publish(table, options.out, options.wandb)
+        except PublishError as error:
+            raise CommandError(str(error)) from error
+        print(f"sent   {run.address}" if run.address else f"wrote  {run.folder}; to send it: wandb sync {run.folder}")
     print(f"next   open {options.out} in a browser")
     return 0

@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError("SMP decoders need segmentation_models_pytorch: pip install 'kdlvfm[train]'.") from error
 
 DECODERS: dict[str, type[nn.Module]] = {
+    "deeplabv3": smp.DeepLabV3,
     "deeplabv3plus": smp.DeepLabV3Plus,
     "pspnet": smp.PSPNet,
     "fpn": smp.FPN,
@@ -39,7 +40,7 @@ class SMPModel(Adapter):
 
     Args:
         name: timm's name of the encoder, for example `resnet18.a1_in1k`.
-        decoder: `"deeplabv3plus"`, `"pspnet"`, `"fpn"` or `"unet"`.
+        decoder: `"deeplabv3"`, `"deeplabv3plus"`, `"pspnet"`, `"fpn"` or `"unet"`.
         num_classes: channels of `logits`.
         pretrained: weights of the hub for the encoder; otherwise random weights. The decoder starts at random.
         checkpoint: a weights file to use instead of the hub: timm's for the encoder, or one of the whole network.

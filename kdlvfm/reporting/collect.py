@@ -16,6 +16,11 @@ class Collection(NamedTuple):
     records: dict[Path, Record]
     problems: list[str]
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each run by the hash of its configuration."""
+        return {record["config_hash"]: file.parent for file, record in self.records.items()}
+
 
 def collect(paths: Iterable[Path]) -> Collection:
     """All records in or below `paths`, which may be run folders, folders of runs, or record files.

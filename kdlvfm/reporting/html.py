@@ -9,7 +9,7 @@ import html
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -17,11 +17,12 @@ from typing import Any
 from urllib.parse import quote
 
 from kdlvfm import __version__
+from kdlvfm.reporting.columns import METRIC_NAMES, cost_remarks, runs_text
 from kdlvfm.reporting.record import Record, flatten, now
-from kdlvfm.reporting.render import METRIC_NAMES, heading, runs_text
+from kdlvfm.reporting.render import heading
 from kdlvfm.reporting.tables import Block, Row, Table
 
-_SCRIPTS = ("elements.js", "charts.js", "figures.js", "lines.js", "runs.js", "page.js")
+_SCRIPTS = ("elements.js", "columns.js", "charts.js", "figures.js", "lines.js", "runs.js", "page.js")
 _LEVELS = 4  # of folders between a run and the root of the runs, where sweeps keep the output of their cells
 _CLASS_METRICS = {"iou": "IoU", "AP": "AP"}
 _PAGE = """\
@@ -149,7 +150,7 @@ def _block(block: Block, picture: Picture) -> dict[str, Any]:
         "teacher": block.teacher and block.teacher["name"],
         "teacher_card": block.teacher,
         "warnings": block.warnings,
-        "notes": block.notes,
+        "notes": [*block.notes, *(note for note in cost_remarks(block) if note not in block.notes)],
         "picture": picture.png and f"data:image/png;base64,{base64.b64encode(picture.png).decode()}",
         "picture_note": picture.note,
         "rows": [
@@ -176,12 +177,18 @@ def _row(row: Row, index: int, baseline: Row | None, block: Block, classes: Sequ
         "std": row.score and row.score.std,
         "difference": row.difference and row.difference.mean,
         "interval": row.difference and row.difference.interval,
+        "over": row.difference and row.difference.over,
         "p_value": row.difference and row.difference.p_value,
         "verdict": row.difference and row.difference.verdict,
+        "longer": row.to_equal_time and asdict(row.to_equal_time),
+        "published": row.published and row.published._asdict(),
         "gap": row.gap_closed,
         "gap_interval": row.gap_interval,
         "parameters": row.parameters,
         "macs": row.macs,
+        "latency_p50": row.latency_p50,
+        "latency_p95": row.latency_p95,
+        "inference_images_per_second": row.inference_images_per_second,
         "images_per_second": row.images_per_second,
         "train_seconds": row.train_seconds,
         "peak_memory_mib": row.peak_memory_mib,

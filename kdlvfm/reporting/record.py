@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -35,6 +35,7 @@ _WITHOUT_EFFECT = (
     "out",
     "run",
     "logger",
+    "equal_time.run",
     "data.root",
     "data.num_workers",
     "trainer.accelerator",
@@ -73,7 +74,22 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         parent = kept.get(group) if group else kept
         if isinstance(parent, dict):
             parent.pop(leaf, None)
+    if "equal_time" in kept and kept["equal_time"] is None:
+        del kept["equal_time"]  # as in runs from before there was this setting
+    effect = _effect_of_cache(kept.pop("teacher_cache", {}))
+    if effect:
+        kept["teacher_cache"] = effect
     return kept
+
+
+def _effect_of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of a teacher cache that change a result: one that stores without loss changes none."""
+    effect = {}
+    if settings.get("views") is not None:
+        effect["views"] = settings["views"]
+    if settings.get("mode", "none") != "none" and settings["dtype"] != "fp32":
+        effect["dtype"] = settings["dtype"]
+    return effect
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -88,17 +104,33 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def recipe_hash(config: Mapping[str, Any]) -> str:
     """The hash of a configuration without distiller, teacher and seeds: a method and its baseline share it.
 
-    A seed is left out wherever it stands, since parts of a configuration repeat the seed of the run.
+    A seed is left out wherever it stands, since parts of a configuration repeat the seed of the run. A baseline that
+    trains as long as a method has the recipe of that method, though more steps.
     """
+    if config.get("equal_time"):
+        return str(config["equal_time"]["recipe_hash"])
+    return _digest(recipe(config))
+
+
+def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that a method shares with its baseline."""
     kept = identity(config)
     kept.pop("distiller", None)
     kept.pop("teacher", None)
-    return _digest(_without_seeds(kept))
+    views = kept.pop("teacher_cache", {}).get("views")
+    if views is not None:  # how images are augmented; how features are stored belongs to the teacher
+        kept["views"] = views
+    shared: dict[str, Any] = _without_seeds(kept)
+    return shared
 
 
-def differences(config_a: Mapping[str, Any], config_b: Mapping[str, Any]) -> list[str]:
-    """What makes two configurations different in result, one line `key: a != b` for each key, sorted."""
-    a, b = flatten(identity(config_a)), flatten(identity(config_b))
+def differences(
+    config_a: Mapping[str, Any],
+    config_b: Mapping[str, Any],
+    part: Callable[[Mapping[str, Any]], dict[str, Any]] = identity,
+) -> list[str]:
+    """What makes two configurations, or a part of them, different: one line `key: a != b` for each key, sorted."""
+    a, b = flatten(part(config_a)), flatten(part(config_b))
     return [
         f"{key}: {a.get(key, '(absent)')} != {b.get(key, '(absent)')}"
         for key in sorted(a.keys() | b.keys())

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several seeds say: mean and spread, the paired difference to the baseline, and what may be concluded."""
+"""What seeds and images say: mean and spread, the paired difference to the baseline, and what may be concluded."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Verdict = Literal["better", "worse", "not shown"]
 
 SEEDS_FOR_A_VERDICT = 3
 SIGNIFICANCE = 0.05
+RESAMPLES = 2000
+_RESAMPLES_AT_A_TIME = 200
+
+Scores = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From weights of images, (resamples, images), to the score of each resample, (resamples,)."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +36,17 @@ class Summary:
 class Difference:
     """Mean paired difference over `count` seeds, its two-sided t-interval and the p-value of the paired t-test.
 
-    A single seed has neither interval nor p-value. Where several methods meet one baseline, `p_value` is the corrected
-    one (see `correct_for_many`); the interval is always that of the one comparison.
+    A single seed has no p-value, and an interval only `over` images (see `bootstrap_interval`), which says nothing
+    about seeds. Where several methods meet one baseline, `p_value` is the corrected one (see `correct_for_many`); the
+    interval is always that of the one comparison. `less_is_better` says what a verdict calls better.
     """
 
     count: int
     mean: float
     interval: tuple[float, float] | None
     p_value: float | None = None
+    over: Literal["seeds", "images"] = "seeds"
+    less_is_better: bool = False
 
     @property
     def verdict(self) -> Verdict | None:
@@ -44,7 +55,7 @@ class Difference:
             return None
         if self.p_value >= SIGNIFICANCE:
             return "not shown"
-        return "better" if self.mean > 0 else "worse"
+        return "better" if (self.mean > 0) != self.less_is_better else "worse"
 
 
 def summarise_values(values: Sequence[float]) -> Summary | None:
@@ -96,6 +107,50 @@ def correct_for_many(differences: Mapping[str, Difference]) -> dict[str, Differe
         highest = max(highest, min(1.0, (len(ranked) - rank) * p_value))
         corrected[name] = replace(differences[name], p_value=highest)
     return corrected
+
+
+def bootstrap_interval(
+    method: Scores,
+    baseline: Scores,
+    images: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Interval of the difference of two scores over the images that both were measured on: method minus baseline.
+
+    The images are drawn anew with replacement, the same for both, and both are scored on what was drawn; the interval
+    lies between the quantiles of the differences. It says how far the difference depends on these images, and nothing
+    about how it would vary from training to training.
+
+    Args:
+        method: scores of the method on weighted images; a weight is how often an image was drawn.
+        baseline: the same of the baseline.
+        images: how many images there are.
+        confidence: share of the resamples whose difference lies within.
+        resamples: how often the images are drawn.
+        seed: of the draws.
+
+    Returns:
+        The interval; `None` with fewer than two images, or if a score is not defined on a resample.
+
+    Source:
+        Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 1979; the percentile interval.
+    """
+    if images < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    differences: list[NDArray[np.float64]] = []
+    for start in range(0, resamples, _RESAMPLES_AT_A_TIME):
+        drawn = (rng.integers(images, size=images) for _ in range(min(_RESAMPLES_AT_A_TIME, resamples - start)))
+        weights: NDArray[Any] = np.stack([np.bincount(line, minlength=images) for line in drawn]).astype(np.float64)
+        differences.append(method(weights) - baseline(weights))
+    found = np.concatenate(differences)
+    if not np.isfinite(found).all():
+        return None
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def gap_closed(method: Mapping[int, float], baseline: Mapping[int, float], teacher: float | None) -> float | None:

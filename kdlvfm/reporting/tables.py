@@ -7,33 +7,53 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from kdlvfm.reporting.cells import Cell, label_methods, make_cell, score_of, split_hash, teacher_key
-from kdlvfm.reporting.collect import preference
+from kdlvfm.reporting.cells import (
+    Cell,
+    about_baselines,
+    costs_of,
+    label_methods,
+    longer_baselines,
+    make_cell,
+    remarks_on,
+    score_of,
+    strangers,
+    teacher_key,
+    teacher_level,
+)
+from kdlvfm.reporting.pairing import Pairing
+from kdlvfm.reporting.published import Published, published
+from kdlvfm.reporting.reading import FRACTION, Reading, reading_of
 from kdlvfm.reporting.record import BASELINE, Record
 from kdlvfm.reporting.statistics import (
+    RESAMPLES,
     SEEDS_FOR_A_VERDICT,
     Difference,
     Summary,
     correct_for_many,
     gap_closed,
     gap_interval,
-    paired_difference,
     summarise_values,
 )
+
+OVER_IMAGES = "†"
+"""Marks an interval over images of one seed, wherever it is shown."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. Scores are fractions; `None` stands for what is unknown or does not apply.
+    """One line of a table. Scores are as in records; `None` stands for what is unknown or does not apply.
 
     Attributes:
-        role: what the line is for.
+        role: what the line is for; `equal_time` is the baseline that trained as long as a method.
         method: the distiller, with the settings that tell it from its variants in the same block.
         score: the metric over the finished seeds.
         difference: to the baseline, paired by seed; its p-value is corrected for the number of methods of the block.
+        to_equal_time: difference to the baseline that trained as long as this method; it has no p-value.
+        published: what a paper reports for this method in this setting.
         gap_closed: share of the gap between baseline and teacher.
         gap_interval: its 95 % interval, with two paired seeds or more.
         parameters: of the network whose score it is (student, or the teacher in its own line).
@@ -42,14 +62,20 @@ class Row:
         train_seconds: duration of the training, mean of the finished runs.
         peak_memory_mib: mean of the finished runs.
         teacher_share: fraction of the training time spent in the teacher, mean of the finished runs.
+        teacher_images: that the teacher was shown, each as often as it was, mean of the finished runs.
+        latency_p50: seconds for one image, mean of the medians of the finished runs; and so the following two.
+        latency_p95: the same of the 95 % quantiles.
+        inference_images_per_second: of batches of images.
         runs: number of runs by status.
         records: the runs themselves, by seed.
     """
 
-    role: Literal["teacher", "baseline", "method"]
+    role: Literal["teacher", "baseline", "equal_time", "method"]
     method: str
     score: Summary | None = None
     difference: Difference | None = None
+    to_equal_time: Difference | None = None
+    published: Published | None = None
     gap_closed: float | None = None
     gap_interval: tuple[float, float] | None = None
     parameters: int | None = None
@@ -58,6 +84,10 @@ class Row:
     train_seconds: float | None = None
     peak_memory_mib: float | None = None
     teacher_share: float | None = None
+    teacher_images: float | None = None
+    latency_p50: float | None = None
+    latency_p95: float | None = None
+    inference_images_per_second: float | None = None
     runs: Mapping[str, int] | None = None
     records: tuple[Record, ...] = field(default=(), repr=False)
 
@@ -73,9 +103,10 @@ class Block:
         student: name of the student and where its weights came from.
         recipe: hash of the recipe.
         teacher: the teacher's card as in the record; `None` if no run had a teacher.
-        rows: teacher, baseline, then methods by name.
+        rows: teacher, baseline, baselines that trained as long as a method, then methods by name.
         warnings: what forbids or weakens a conclusion.
         notes: what a reader should know.
+        reading: how the score is read.
     """
 
     data: str
@@ -87,6 +118,7 @@ class Block:
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    reading: Reading = FRACTION
 
 
 @dataclass(frozen=True)
@@ -96,13 +128,20 @@ class Table:
     blocks: tuple[Block, ...]
 
 
-def summarise(records: Iterable[Record], split: str = "test", metric: str | None = None) -> Table:
+def summarise(
+    records: Iterable[Record],
+    split: str = "test",
+    metric: str | None = None,
+    folders: Mapping[str, Path] | None = None,
+) -> Table:
     """The table of `records`, in an order that does not depend on theirs.
 
     Args:
         records: run records, of any status.
         split: the split whose metrics are compared.
         metric: the metric compared; default: the primary metric of each record's task.
+        folders: hash of a configuration -> folder of its run, for what lies beside the records: runs of one seed are
+            compared over images with it.
 
     Raises:
         ValueError: no finished run has this metric on this split; the message says what there is.
@@ -128,23 +167,38 @@ def summarise(records: Iterable[Record], split: str = "test", metric: str | None
         # A baseline never looks at its teacher, so it stands in the block of each teacher of its recipe.
         methods = [record for record in group if record["distiller"]["name"] != BASELINE]
         for teacher in sorted({teacher_key(record) for record in methods or group}):
-            blocks.append(_block(group, teacher, split, metric))
+            shown = metric or group[0]["task"]["primary_metric"]
+            blocks.append(_block(group, teacher, split, shown, folders or {}, strangers(group, finished)))
     return Table(tuple(blocks))
 
 
-def _block(group: Sequence[Record], key_of_teacher: tuple[str, ...], split: str, metric: str | None) -> Block:
-    cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
+def _block(
+    group: Sequence[Record],
+    key_of_teacher: tuple[str, ...],
+    split: str,
+    metric: str,
+    folders: Mapping[str, Path],
+    others: str,
+) -> Block:
+    runs: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in group:
         distiller = record["distiller"]
+        if record["config"].get("equal_time"):
+            continue
         if distiller["name"] == BASELINE:
-            cells[BASELINE, ""].append(record)
+            runs[BASELINE, ""].append(record)
         elif teacher_key(record) == key_of_teacher:
-            cells[distiller["name"], json.dumps(distiller["settings"], sort_keys=True)].append(record)
-    labels = label_methods(cells)
-    methods = {labels[key]: make_cell(cells[key], split, metric) for key in sorted(cells, key=lambda key: labels[key])}
+            runs[distiller["name"], json.dumps(distiller["settings"], sort_keys=True)].append(record)
+    labels = label_methods(runs)
+    longer = {label: make_cell(found, split, metric) for label, found in longer_baselines(group, labels, runs).items()}
+    names = {labels[key]: key[0] for key in runs}
+    methods = {labels[key]: make_cell(runs[key], split, metric) for key in sorted(runs, key=lambda key: labels[key])}
     baseline = methods.pop("baseline", Cell({}, {}, []))
     cards = [record["teacher"] for record in group if teacher_key(record) == key_of_teacher and record["teacher"]]
-    level, warnings = _teacher_level(cards, split, metric or group[0]["task"]["primary_metric"])
+    reading = reading_of(group[0], metric)
+    level, warnings = teacher_level(cards, split, metric, reading)
+    figures, footnotes = published(group[0], split, metric)
+    pairing = Pairing(split, metric, folders, less_is_better=reading.less_is_better)
 
     rows = []
     if cards:
@@ -155,30 +209,41 @@ def _block(group: Sequence[Record], key_of_teacher: tuple[str, ...], split: str,
             warnings.insert(
                 0, "The teacher's weights are RANDOM: it knows nothing, and these figures only show that the code runs."
             )
-        if gap is not None and gap <= 0:
+        if gap is not None and reading.gain(gap) <= 0:
             warnings.append("The teacher is no better than the baseline: there is no gap to close.")
     if baseline.runs:
-        rows.append(_row("baseline", "baseline", baseline, {}, None))
+        rows.append(replace(_row("baseline", "baseline", baseline), published=figures.get("baseline")))
     if methods and not baseline.scores:
         warnings.append(
-            f"No finished baseline (distiller {BASELINE!r}) of this recipe: {', '.join(methods)} stand alone."
+            f"No finished baseline (distiller {BASELINE!r}) of this recipe: {', '.join(methods)} stand alone.{others}"
         )
-    notes = _notes({"baseline": baseline, **methods}, warnings, split)
+    longer_labels = {label: f"baseline, equal time to {label}" for label in longer}
+    cells = {"baseline": baseline, **{longer_labels[label]: cell for label, cell in longer.items()}, **methods}
+    notes = remarks_on(cells, warnings, split)
     if cards and level is None:
         notes.append(f"The teacher's own score on {split} is unknown: no upper bound, and no share of the gap.")
+    for label, cell in longer.items():
+        difference = _without_test(pairing.difference(cell, baseline))
+        rows.append(replace(_row("equal_time", longer_labels[label], cell), difference=difference))
     for label, cell in methods.items():
-        pairs = {
-            seed: score
-            for seed, score in baseline.scores.items()
-            if seed not in cell.runs or split_hash(cell.runs[seed]) == split_hash(baseline.runs[seed])
-        }
-        if len(pairs) < len(baseline.scores):
+        partners = pairing.partners(cell, baseline)
+        gains = reading.gains(cell.scores), reading.gains(partners), reading.gain(level.mean) if level else None
+        if len(partners) < len(baseline.scores):
             warnings.append(f"{label}: some seeds saw other data than the baseline's and are not paired.")
-        if pairs and len(shared := cell.scores.keys() & pairs.keys()) < len(cell.scores):
+        if partners and len(shared := cell.scores.keys() & partners.keys()) < len(cell.scores):
             notes.append(
                 f"{label}: the baseline shares {len(shared)} of {len(cell.scores)} seeds; differences are over those."
             )
-        rows.append(_row("method", label, cell, pairs, level.mean if level else None))
+        rows.append(
+            replace(
+                _row("method", label, cell),
+                difference=pairing.difference(cell, baseline),
+                to_equal_time=_without_test(pairing.difference(cell, longer[label])) if label in longer else None,
+                gap_closed=gap_closed(*gains),
+                gap_interval=gap_interval(*gains),
+                published=figures.get(names[label]),
+            )
+        )
     differences = correct_for_many(
         {row.method: row.difference for row in rows if row.role == "method" and row.difference}
     )
@@ -190,73 +255,41 @@ def _block(group: Sequence[Record], key_of_teacher: tuple[str, ...], split: str,
         notes.append(
             f"Verdicts: paired t-tests at 5 %, corrected for {tested} methods (Holm); intervals are not corrected."
         )
+    if longer:
+        notes.append(about_baselines(longer))
+    if any(found and found.over == "images" for row in rows for found in (row.difference, row.to_equal_time)):
+        notes.append(
+            f"{OVER_IMAGES} One seed: 95 % interval over the images of the {split} split (bootstrap, {RESAMPLES} "
+            "resamples). It says nothing about seeds."
+        )
+    elif any(difference.count == 1 for difference in differences.values()) and group[0]["task"]["name"] == "detection":
+        notes.append("One seed: no interval over images, for average precision is no sum over them.")
     student = group[0]["student"]
     return Block(
         data=group[0]["data"]["name"],
         split=split,
-        metric=metric or group[0]["task"]["primary_metric"],
+        metric=metric,
         student=f"{student['name']} ({student['weights']} weights)",
         recipe=group[0]["recipe_hash"],
         teacher=cards[0] if cards else None,
         rows=tuple(rows),
         warnings=tuple(warnings),
-        notes=tuple(notes),
+        notes=(*notes, *pairing.problems, *(footnotes if any(row.published for row in rows) else ())),
+        reading=reading,
     )
 
 
-def _row(
-    role: Literal["baseline", "method"], label: str, cell: Cell, baseline: Mapping[int, float], teacher: float | None
-) -> Row:
-    runs = sorted(cell.runs.values(), key=preference, reverse=True)
-    costs = [record["cost"] for record in runs if record["status"] == "finished"]
+def _without_test(difference: Difference | None) -> Difference | None:
+    """The difference without its p-value: verdicts are against the baseline of the same steps alone."""
+    return difference and replace(difference, p_value=None)
 
-    def mean(field: str) -> float | None:
-        known = [cost[field] for cost in costs if cost[field] is not None]
-        return fmean(known) if known else None
 
+def _row(role: Literal["baseline", "equal_time", "method"], label: str, cell: Cell) -> Row:
     return Row(
         role,
         label,
         score=summarise_values([cell.scores[seed] for seed in sorted(cell.scores)]),
-        difference=paired_difference(cell.scores, baseline),
-        gap_closed=gap_closed(cell.scores, baseline, teacher),
-        gap_interval=gap_interval(cell.scores, baseline, teacher),
-        parameters=runs[0]["student"]["parameters"],
-        macs=runs[0]["student"]["macs"],
-        images_per_second=mean("images_per_second"),
-        train_seconds=mean("train_seconds"),
-        peak_memory_mib=mean("peak_memory_mib"),
-        teacher_share=mean("teacher_share"),
-        runs=dict(sorted(Counter(record["status"] for record in runs).items())),
+        runs=dict(sorted(Counter(record["status"] for record in cell.runs.values()).items())),
         records=tuple(cell.runs.values()),
+        **costs_of(cell),
     )
-
-
-def _notes(cells: Mapping[str, Cell], warnings: list[str], split: str) -> list[str]:
-    """Notes on the runs of `cells`; what weakens a conclusion is added to `warnings`."""
-    notes = []
-    for label, cell in cells.items():
-        for seed, record in cell.runs.items():
-            if record["status"] == "finished" and seed not in cell.scores:
-                warnings.append(f"{label}, seed {seed}: finished without this metric on {split}.")
-            if record["status"] == "failed":
-                notes.append(f"{label}, seed {seed} failed: {record['error'].strip().splitlines()[0]}")
-        if cell.repeated:
-            seeds = ", ".join(map(str, cell.repeated))
-            notes.append(f"{label}: several runs of seed {seeds}; the finished one started last is shown.")
-    finished = [record for cell in cells.values() for record in cell.runs.values() if record["status"] == "finished"]
-    if len({json.dumps(record["hardware"], sort_keys=True) for record in finished}) > 1:
-        notes.append("The runs come from different machines: their images/s do not compare.")
-    if {record["selection"] for record in finished} == {"best_val"}:
-        notes.append("Each run was tested with the weights that were best on its validation split.")
-    return notes
-
-
-def _teacher_level(cards: Sequence[Mapping[str, Any]], split: str, metric: str) -> tuple[Summary | None, list[str]]:
-    """The teacher's own score from the cards of the runs that used it, and what is wrong with it."""
-    known = [card["metrics"][split][metric] for card in cards if metric in (card["metrics"] or {}).get(split, {})]
-    if not known:
-        return None, []
-    spread = max(known) - min(known)
-    warnings = [f"The teacher's score differs between runs by {100 * spread:.2f} points."] if spread > 1e-4 else []
-    return Summary(1, fmean(known), None), warnings

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+from dataclasses import replace
 
 import pytest
 
+from kdlvfm.reporting.published import Published
 from kdlvfm.reporting.record import config_hash, recipe_hash
+from kdlvfm.reporting.tables import OVER_IMAGES, Table, summarise
 
 TEACHER = {
     "name": "vit_small_patch16_dinov3.lvd1689m",
@@ -92,3 +95,50 @@ def make_record():
         }
 
     return make
+
+
+@pytest.fixture
+def rows_of():
+    """The only block of some records, and its rows by method."""
+
+    def make(records, **options):
+        (block,) = summarise(records, **options).blocks
+        return block, {row.method: row for row in block.rows}
+
+    return make
+
+
+@pytest.fixture
+def rich_table(make_record):
+    """A table with everything beside seeds: intervals over images, a longer baseline, a paper, times of inference."""
+    inference = {
+        "device": "cpu",
+        "threads": 1,
+        "precision": "float32",
+        "input_size": [64, 96],
+        "latency_p50": 0.0123,
+        "latency_p95": 0.0145,
+        "repetitions": 100,
+        "images_per_second": 321.0,
+        "batch_size": 32,
+        "batches": 20,
+    }
+    kd = make_record("kd", 0, 0.52, inference=inference)
+    matched = {
+        "run": "runs/kd",
+        "method": "kd",
+        "method_hash": kd["config_hash"],
+        "recipe_hash": kd["recipe_hash"],
+        "recipe_steps": 100,
+        "steps": 130,
+    }
+    longer = make_record("none", 0, 0.45, teacher=None, config={"equal_time": matched}, inference=inference)
+    records = [make_record("none", 0, 0.4, teacher=None, inference=inference), longer, kd, make_record("cwd", 0, 0.3)]
+    (block,) = summarise(records).blocks
+    rows = {row.method: row for row in block.rows}
+    over_images = {"interval": (0.1, 0.14), "over": "images"}
+    rows["kd"] = replace(
+        rows["kd"], difference=replace(rows["kd"].difference, **over_images), published=Published(0.6821, 1)
+    )
+    notes = (*block.notes, f"{OVER_IMAGES} One seed.", "[1] Published: a paper.")
+    return Table((replace(block, rows=tuple(rows.values()), notes=notes),))

@@ -22,6 +22,8 @@ def test_records_below_folders_and_files_are_found_once(tmp_path, save, make_rec
     assert list(records) == [second, first]
     assert records[first]["name"] == "kd-0"
     assert problems == []
+    hashes = {key: record["config_hash"] for key, record in records.items()}
+    assert collect([tmp_path]).folders == {hashes[first]: first.parent, hashes[second]: second.parent}
 
 
 def test_whatever_gives_no_record_is_named(tmp_path, save, make_record):

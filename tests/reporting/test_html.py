@@ -96,6 +96,20 @@ def test_classes_compare_with_the_baseline_over_the_seeds_of_both(render, make_r
     assert cells["teacher"]["dog"] == {"value": None, "difference": None}
 
 
+def test_rows_have_what_the_further_columns_show(rich_table, tmp_path):
+    page = to_html(rich_table, {}, tmp_path)
+    (block,) = json.loads(re.search(r'application/json">(.*?)</script>', page)[1])["blocks"]
+    rows = {row["method"]: row for row in block["rows"]}
+    assert (rows["kd"]["over"], rows["kd"]["interval"]) == ("images", [0.1, 0.14])
+    assert rows["kd"]["longer"]["mean"] == pytest.approx(0.07)
+    assert rows["kd"]["published"] == {"value": 0.6821, "source": 1}
+    assert (rows["kd"]["latency_p50"], rows["kd"]["inference_images_per_second"]) == (0.0123, 321.0)
+    assert (rows["cwd"]["longer"], rows["cwd"]["published"], rows["cwd"]["latency_p50"]) == (None, None, None)
+    assert rows["baseline, equal time to kd"]["role"] == "equal_time"
+    assert [row["index"] for row in block["rows"]] == [0, 0, 0, 1, 2]
+    assert any(note.startswith("Inference: the student alone on cpu") for note in block["notes"])
+
+
 def test_records_without_results_by_class_say_so_by_null(render, make_record):
     records = [make_record(name, metrics={"test": {"miou": 0.5}}) for name in ("none", "kd")]
     _, data = render(records)

@@ -51,6 +51,28 @@ def test_several_blocks_are_columns_and_what_is_missing_is_a_dash(make_record):
     assert "Column 2: Verdicts: paired t-tests" in text
 
 
+def test_a_second_baseline_and_a_paper_have_columns(rich_table):
+    text = to_latex(rich_table)
+    rows = {row[0]: row[1:] for row in body(text)}
+    assert rows[""] == ["mIoU", "vs baseline", "vs equal time", "gap closed", "paper"]
+    assert list(rows)[-5:] == ["teacher", "baseline", "baseline, equal time to kd", "cwd", "kd"]
+    assert rows["kd"][1:3] == [r"$+12.0$ [$+10.0$, $+14.0$]\dag{}", "$+7.0$"]
+    assert (rows["kd"][4], rows["cwd"][4]) == ("68.2 [1]", "--")
+    assert r"\par\footnotesize \dag{} One seed." in text
+    assert text.count(r"\midrule") == 2
+
+
+def test_costs_have_an_environment_for_each_block(rich_table):
+    text = to_latex(Table((*rich_table.blocks, *rich_table.blocks)), cost=True)
+    first, second = text.split(r"\end{table}")[:2]
+    assert first.strip() == second.strip()
+    rows = {row[0]: row[1:] for row in body(first)}
+    assert rows["method"][3:5] == ["ms, p50 / p95", "images/s"]
+    assert rows["kd"][3:5] == ["12.3 / 14.5", "321"]
+    assert rows["cwd"][3] == "--"
+    assert to_latex(Table(()), cost=True) == ""
+
+
 def test_warnings_and_failures_are_printed(make_record):
     card = make_record()["teacher"] | {"weights": "random"}
     failed = make_record("cwd", status="failed", error=HOSTILE, teacher=card)
@@ -78,13 +100,15 @@ def test_no_blocks():
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_it_compiles(make_record, tmp_path):
+def test_it_compiles(make_record, rich_table, tmp_path):
     records = [*runs(make_record, STUDENTS[0]), *runs(make_record, STUDENTS[1], ("kd",))]
     failed = make_record("at", status="failed", error=HOSTILE)
     packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs}"
-    for name, table in {"pair": summarise(records), "one": summarise([*runs(make_record), failed])}.items():
+    tables = {"pair": summarise(records), "one": summarise([*runs(make_record), failed]), "rich": rich_table}
+    for name, table in tables.items():
+        content = to_latex(table) + to_latex(table, cost=True)
         (tmp_path / f"{name}.tex").write_text(
-            rf"\documentclass{{article}}{packages}\begin{{document}}{to_latex(table)}\end{{document}}"
+            rf"\documentclass{{article}}{packages}\begin{{document}}{content}\end{{document}}"
         )
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", f"{name}.tex"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

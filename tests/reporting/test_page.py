@@ -77,18 +77,11 @@ def records(make_record):
 
 
 @pytest.fixture
-def open_page(browser, records, tmp_path):
-    """Opens the report from its file and fails the test for anything the browser complains about."""
-    files = {tmp_path / record["config_hash"] / "record.json": record for record in records}
-    table = summarise(record for record in records if record["task"]["name"] == "segmentation")
-    other = summarise(record for record in records if record["task"]["name"] == "detection")
-    table = type(table)((*table.blocks, *other.blocks))
-    pictures = [Picture(png(), "one scene"), Picture(None, "Boxes are not drawn.")]
-    path = tmp_path / "report.html"
-    path.write_text(to_html(table, files, tmp_path, pictures=pictures, problems=[ATTACK]), encoding="utf-8")
+def visit(browser):
+    """Opens a file and fails the test for anything the browser complains about."""
     complaints, pages = [], []
 
-    def start(**options):
+    def start(path, **options):
         page = browser.new_page(**options)
         page.set_default_timeout(300_000)  # a machine under load is no failure
         page.on("console", lambda message: complaints.append(message.text))
@@ -103,6 +96,19 @@ def open_page(browser, records, tmp_path):
     for page in pages:
         page.close()
     assert complaints == []
+
+
+@pytest.fixture
+def open_page(visit, records, tmp_path):
+    """Opens the report of the records."""
+    files = {tmp_path / record["config_hash"] / "record.json": record for record in records}
+    table = summarise(record for record in records if record["task"]["name"] == "segmentation")
+    other = summarise(record for record in records if record["task"]["name"] == "detection")
+    table = type(table)((*table.blocks, *other.blocks))
+    pictures = [Picture(png(), "one scene"), Picture(None, "Boxes are not drawn.")]
+    path = tmp_path / "report.html"
+    path.write_text(to_html(table, files, tmp_path, pictures=pictures, problems=[ATTACK]), encoding="utf-8")
+    return lambda **options: visit(path, **options)
 
 
 def shown(page):
@@ -186,6 +192,29 @@ def test_figures(open_page):
     assert "No learning curves" in absent
     assert "Boxes are not drawn." in absent
     assert second.locator(".heat thead").inner_text().split() == ["points", "background", "0"]
+
+
+def heads(page):
+    return [text.split("\n")[0] for text in page.locator("#comparison-0 thead").first.locator("th").all_inner_texts()]
+
+
+def test_columns_of_what_few_studies_have_are_shown_where_there_is_something(open_page, visit, rich_table, tmp_path):
+    optional = {"vs equal time", "paper", "latency", "inference"}
+    assert not optional & set(heads(open_page()))
+    rows = [row for block in rich_table.blocks for row in block.rows]
+    files = {tmp_path / record["config_hash"] / "record.json": record for row in rows for record in row.records}
+    path = tmp_path / "rich.html"
+    path.write_text(to_html(rich_table, files, tmp_path), encoding="utf-8")
+    page = visit(path)
+    assert optional < set(heads(page))
+    assert shown(page) == ["teacher", "baseline", "baseline, equal time to kd", "cwd", "kd"]
+    cells = page.locator("#comparison-0 tr.row", has_text="kd").last.locator("td").all_inner_texts()
+    assert {"+12.0 [+10.0, +14.0]†", "+7.0", "68.2 [1]", "12.3 / 14.5", "321"} <= set(cells)
+    page.locator("#comparison-0 thead th", has_text="vs equal time").get_by_role("button").click()
+    assert shown(page)[3:] == ["kd", "cwd"]
+    page.locator("#comparison-0 tr.row.equal_time").click()
+    runs = page.locator("tr.runs:visible").inner_text()
+    assert "12.3 ms for one image, 321 images/s in batches of 32, cpu, threads: 1" in runs
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

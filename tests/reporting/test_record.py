@@ -17,6 +17,7 @@ from kdlvfm.reporting.record import (
     identity,
     now,
     read_record,
+    recipe,
     recipe_hash,
     write_record,
 )
@@ -45,8 +46,33 @@ def changed(*path, value):
 def test_schema_is_a_valid_schema():
     schema = json.loads(resources.files("kdlvfm.reporting").joinpath("run_schema.json").read_text())
     Draft202012Validator.check_schema(schema)
-    # Records from before there were diagnostics are valid too.
-    assert sorted([*schema["required"], "diagnostics"]) == sorted(schema["properties"])
+    # Records from before there were these are valid too.
+    later = {"diagnostics", "inference", "per_image", "teacher_cache"}
+    assert set(schema["properties"]) == {*schema["required"], *later}
+
+
+LONGER = {"run": "runs/kd-0", "method": "kd", "method_hash": "a" * 12, "recipe_hash": "b" * 12, "steps": 20}
+
+
+def test_no_second_baseline_is_what_there_was_before_there_could_be_one():
+    config = changed("equal_time", value=None)
+    assert (config_hash(config), recipe_hash(config)) == (config_hash(CONFIG), recipe_hash(CONFIG))
+    assert differences(CONFIG, config) == []
+
+
+def test_a_baseline_of_equal_time_is_a_run_of_its_own_in_the_recipe_of_the_method():
+    config = changed("equal_time", value=LONGER)
+    config["trainer"]["max_steps"] = 20
+    assert config_hash(config) != config_hash(CONFIG)
+    assert recipe_hash(config) == LONGER["recipe_hash"]
+    moved = changed("equal_time", value={**LONGER, "run": "elsewhere"})
+    assert config_hash(moved) == config_hash(changed("equal_time", value=LONGER))
+
+
+def test_differences_of_the_recipe_leave_out_method_and_seed():
+    other = changed("distiller", "temperature", value=1.0)
+    other["seed"], other["trainer"]["max_steps"] = 1, 20
+    assert differences(CONFIG, other, recipe) == ["trainer.max_steps: 10 != 20"]
 
 
 def test_config_hash_is_that_of_canonical_json():

@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from kdlvfm.reporting.statistics import (
+    RESAMPLES,
     Difference,
+    bootstrap_interval,
     correct_for_many,
     gap_closed,
     gap_interval,
@@ -53,6 +55,70 @@ def test_verdict_needs_three_seeds_and_an_interval_beyond_zero(gains, verdict):
     difference = paired_difference(dict(enumerate(gains)), dict.fromkeys(range(len(gains)), 0.0))
     assert difference.verdict == verdict
     assert (difference.interval is None) == (len(gains) == 1)
+
+
+def ratio(hits, sizes):
+    """A score of weighted images that is no mean of theirs, like mIoU."""
+    return lambda weights: (weights @ hits) / (weights @ sizes)
+
+
+@pytest.fixture(params=[5, 40])
+def two_scores(request):
+    """Hits of a method and of a baseline on some images, and the images' sizes."""
+    rng = np.random.default_rng(request.param)
+    sizes = rng.integers(50, 200, request.param).astype(float)
+    baseline = sizes * rng.uniform(0.3, 0.6, request.param)
+    return baseline + sizes * rng.normal(0.03, 0.05, request.param), baseline, sizes
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_interval_over_images_is_that_of_a_slow_bootstrap(two_scores, confidence):
+    method, baseline, sizes = two_scores
+    rng, differences = np.random.default_rng(3), []
+    for _ in range(500):
+        drawn = rng.integers(len(sizes), size=len(sizes))
+        total = sum(sizes[i] for i in drawn)
+        differences.append(sum(method[i] for i in drawn) / total - sum(baseline[i] for i in drawn) / total)
+    interval = bootstrap_interval(
+        ratio(method, sizes), ratio(baseline, sizes), len(sizes), confidence=confidence, resamples=500, seed=3
+    )
+    assert interval == pytest.approx(np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2]))
+
+
+def test_interval_over_images_is_that_of_scipy_but_for_chance(two_scores):
+    method, baseline, sizes = two_scores
+
+    def statistic(drawn, axis=-1):
+        total = sizes[drawn].sum(axis)
+        return method[drawn].sum(axis) / total - baseline[drawn].sum(axis) / total
+
+    images = np.arange(len(sizes))
+    found = stats.bootstrap((images,), statistic, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    low, high = bootstrap_interval(ratio(method, sizes), ratio(baseline, sizes), len(sizes), resamples=20_000)
+    width = found.confidence_interval.high - found.confidence_interval.low
+    assert low == pytest.approx(found.confidence_interval.low, abs=0.03 * width)
+    assert high == pytest.approx(found.confidence_interval.high, abs=0.03 * width)
+
+
+def test_interval_over_images_does_not_change_from_call_to_call(two_scores):
+    method, baseline, sizes = two_scores
+    scores = ratio(method, sizes), ratio(baseline, sizes), len(sizes)
+    assert (
+        bootstrap_interval(*scores) == bootstrap_interval(*scores) == bootstrap_interval(*scores, resamples=RESAMPLES)
+    )
+    assert bootstrap_interval(*scores) != bootstrap_interval(*scores, seed=1)
+
+
+def test_interval_over_images_needs_two_images_and_scores_that_are_defined():
+    ones = np.ones(3)
+    assert bootstrap_interval(ratio(ones[:1], ones[:1]), ratio(ones[:1], ones[:1]), 1) is None
+    sizes = np.array([1.0, 0.0, 0.0])  # where the first image is not drawn there is nothing to score
+    with np.errstate(invalid="ignore"):
+        assert bootstrap_interval(ratio(sizes, sizes), ratio(sizes, sizes), 3) is None
+
+
+def test_an_interval_over_images_gives_no_verdict():
+    assert Difference(1, 0.1, (0.05, 0.15), over="images").verdict is None
 
 
 def test_summary():

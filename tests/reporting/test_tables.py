@@ -220,3 +220,26 @@ def test_finished_run_without_the_metric_is_named(make_record):
 
 def test_nothing_makes_an_empty_table():
     assert summarise([]).blocks == ()
+
+
+def test_times_of_inference_are_means_over_the_runs_that_have_them(study):
+    measured = {"latency_p50": 0.01, "latency_p95": None, "images_per_second": 200.0}
+    kd = [record for record in study if record["distiller"]["name"] == "kd"]
+    kd[0]["inference"], kd[1]["inference"] = measured, {**measured, "latency_p50": 0.02}
+    kd[2]["inference"] = None
+    row = by_method(only_block(study))["kd"]
+    found = (row.latency_p50, row.latency_p95, row.inference_images_per_second)
+    assert found == (pytest.approx(0.015), None, 200.0)
+    assert by_method(only_block(study))["at"].latency_p50 is None
+
+
+def test_a_baseline_of_another_recipe_is_named_with_what_differs(make_record):
+    other = {"trainer": {"devices": 1, "max_steps": 60, "precision": 16}}
+    records = [make_record("kd", seed) for seed in range(3)]
+    records += [make_record("none", seed, config=other) for seed in range(3)]
+    _, block = sorted(summarise(records).blocks, key=lambda block: len(block.warnings))
+    (warning,) = block.warnings
+    assert warning.endswith(
+        "kd stand alone. There is one of another recipe (trainer.max_steps: 100 != 60; trainer.precision: (absent) "
+        "!= 16)."
+    )

@@ -52,9 +52,10 @@ function gapFigure(block, rows) {
       key,
     );
   }
+  const single = methods.some((row) => row.interval && row.over === "images");
   const caption =
     "No teacher's score above the baseline's is known, so there is no gap: this is the difference in points. " +
-    "Whiskers: 95 % intervals over paired seeds.";
+    `Whiskers: 95 % intervals over paired seeds${single ? ", of a single seed over images" : ""}.`;
   return figure(
     "Difference to the baseline",
     caption,
@@ -72,6 +73,7 @@ const COSTS = {
   images_per_second: ["training, images/s", 1],
   peak_memory_mib: ["peak memory of training, GiB", 1 / 1024],
   teacher_share: ["teacher's share of the step, %", 100],
+  latency_p50: ["student's latency, ms (median)", 1000],
 };
 
 function costFigure(block, rows) {

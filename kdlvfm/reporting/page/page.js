@@ -4,69 +4,17 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
-const COLUMNS = [
-  { title: "method", unit: "", value: (row) => row.method, text: (row) => row.method },
-  {
-    title: null,
-    unit: "%",
-    value: (row) => row.score,
-    text: (row) => percent(row.score) + (row.std === null ? "" : ` ± ${percent(row.std)}`),
-  },
-  {
-    title: "vs baseline",
-    unit: "points [95 % CI]",
-    value: (row) => row.difference,
-    text: (row) => points(row.difference) + range(row.interval, points),
-  },
-  {
-    title: "gap closed",
-    unit: "% [95 % CI]",
-    value: (row) => row.gap,
-    text: (row) => percent(row.gap, 0) + range(row.gap_interval, (x) => percent(x, 0)),
-  },
-  { title: "verdict", unit: "5 %, Holm", value: (row) => row.p_value, text: verdict },
-  { title: "params", unit: "M", value: (row) => row.parameters, text: (row) => size(row.parameters, 1e6) },
-  { title: "MACs", unit: "G", value: (row) => row.macs, text: (row) => size(row.macs, 1e9) },
-  { title: "training", unit: "time", value: (row) => row.train_seconds, text: (row) => duration(row.train_seconds) },
-  {
-    title: "speed",
-    unit: "images/s",
-    value: (row) => row.images_per_second,
-    text: (row) => number(row.images_per_second, 0),
-  },
-  { title: "memory", unit: "GiB", value: (row) => row.peak_memory_mib, text: (row) => size(row.peak_memory_mib, 1024) },
-  {
-    title: "teacher",
-    unit: "% of step",
-    value: (row) => row.teacher_share,
-    text: (row) => percent(row.teacher_share, 0),
-  },
-  { title: "seeds", unit: "", value: (row) => row.finished, text: (row) => row.seeds },
-];
-
-function range(interval, text) {
-  return interval ? ` [${text(interval[0])}, ${text(interval[1])}]` : "";
-}
-
-function verdict(row) {
-  return row.verdict ? `${VERDICTS[row.verdict][0]} ${row.verdict}` : NOTHING;
-}
-
-function verdictCell(row) {
-  const title = row.verdict ? `p = ${number(row.p_value, 4)} after the correction for several methods` : null;
-  return make("td", { class: `verdict ${(row.verdict || "none").replace(" ", "-")}`, title }, verdict(row));
-}
-
 /** One comparison: heading, table, figures. `refresh` applies the filter. */
 class Comparison {
   constructor(block, number) {
     this.block = block;
     this.sorted = null;
+    this.columns = columnsOf(block);
     this.lines = new Map(block.rows.map((row) => [row, new Line(row, block, `${number}-${block.rows.indexOf(row)}`)]));
     this.body = make("tbody", {});
     this.figures = make("div", { class: "figures" });
     this.absent = make("ul", { class: "remarks" });
-    this.heads = COLUMNS.map((column) => this.head(column));
+    this.heads = this.columns.map((column) => this.head(column));
     const remarks = [
       ...block.warnings.map((text) => make("li", { class: "warning" }, `⚠ ${text}`)),
       ...block.notes.map((text) => make("li", {}, text)),
@@ -98,7 +46,7 @@ class Comparison {
     const descending = this.sorted?.column === column ? !this.sorted.descending : column !== COLUMNS[0];
     this.sorted = { column, descending };
     this.heads.forEach((head, index) =>
-      head.setAttribute("aria-sort", COLUMNS[index] !== column ? "none" : descending ? "descending" : "ascending"),
+      head.setAttribute("aria-sort", this.columns[index] !== column ? "none" : descending ? "descending" : "ascending"),
     );
     this.arrange();
   }
@@ -144,7 +92,8 @@ class Line {
       { type: "button", "aria-expanded": "false", "aria-controls": `runs-${id}` },
       row.method,
     );
-    const cells = COLUMNS.slice(1).map((column) =>
+    const columns = columnsOf(block);
+    const cells = columns.slice(1).map((column) =>
       column.title === "verdict" ? verdictCell(row) : make("td", {}, column.text(row)),
     );
     this.line = make(
@@ -153,7 +102,7 @@ class Line {
       make("th", { scope: "row" }, this.button),
       cells,
     );
-    this.runs = make("tr", { class: "runs", id: `runs-${id}`, hidden: true }, make("td", { colspan: COLUMNS.length }));
+    this.runs = make("tr", { class: "runs", id: `runs-${id}`, hidden: true }, make("td", { colspan: columns.length }));
     this.elements = [this.line, this.runs];
   }
 

@@ -62,6 +62,11 @@ function describeRun({ record, file, logs }, block, open) {
       taps: record.distiller.student_taps.length
         ? `student ${record.distiller.student_taps.join(", ")}; teacher ${record.distiller.teacher_taps.join(", ")}`
         : null,
+      inference: record.inference
+        ? `${size(record.inference.latency_p50, 0.001)} ms for one image, ` +
+          `${size(record.inference.images_per_second, 1)} images/s in batches of ${record.inference.batch_size}, ` +
+          `${record.inference.device}, threads: ${record.inference.threads}`
+        : null,
       "distiller's parameters": record.distiller.parameters ? number(record.distiller.parameters, 0) : null,
       machine: [record.hardware.gpu, record.hardware.cpu, `${record.hardware.cores} cores`, record.hardware.platform]
         .filter(Boolean)
