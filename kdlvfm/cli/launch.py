@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from kdlvfm.cli.lock import TAKEN
-from kdlvfm.cli.sweep import DONE, FAILED, RUNNING, Cell, Sweep, counts
+from kdlvfm.cli.sweep import DONE, FAILED, RUNNING, Cell, State, Sweep, counts
 from kdlvfm.reporting.record import RecordError, read_record
 
 INTERRUPTED = 130
@@ -217,6 +217,14 @@ def summarise(sweep: Sweep) -> int:
     """Say how the sweep ended, and of each cell that failed or is missing why; 0 if all are done, else 1."""
     states = sweep.states()
     print(f"\n{counts(states.values())} of {len(states)} cells; {sweep.folder}", flush=True)
+    name_missing(sweep, states)
+    if any(state.name == FAILED for state in states.values()):
+        print("To try failed cells again, add launcher.retry=true to the command.", file=sys.stderr)
+    return 0 if all(state.name == DONE for state in states.values()) else 1
+
+
+def name_missing(sweep: Sweep, states: Mapping[Cell, State]) -> None:
+    """Say of each cell that is not done why, and where its log is."""
     for cell, state in states.items():
         if state.name == DONE:
             continue
@@ -224,6 +232,3 @@ def summarise(sweep: Sweep) -> int:
         print(f"{state.name}: {cell.name}{detail}", file=sys.stderr)
         if sweep.log(cell).exists():
             print(f"  log  {sweep.log(cell)}", file=sys.stderr)
-    if any(state.name == FAILED for state in states.values()):
-        print("To try failed cells again, add launcher.retry=true to the command.", file=sys.stderr)
-    return 0 if all(state.name == DONE for state in states.values()) else 1

@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ class Cell:
         """What computes it, as one would type it."""
         return shlex.join(["kdlvfm", "train", *self.overrides])
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+    @classmethod
+    def of_plain(cls, cell: Mapping[str, Any]) -> Cell:
+        """What `plain` was made of.
+
+        Raises:
+            KeyError, TypeError: it is no cell.
+        """
+        return cls(**{**cell, "folder": Path(cell["folder"]), "overrides": tuple(cell["overrides"])})
+
 
 @dataclass(frozen=True)
 class State:
@@ -96,9 +110,9 @@ class Sweep:
         Raises:
             CommandError: the folder cannot be written to.
         """
-        cells = [{**asdict(cell), "folder": str(cell.folder)} for cell in self.cells]
-        text = json.dumps({"schema": SCHEMA, "cells": cells}, indent=2) + "\n"
-        temporary = self.folder / f".{_FILE}.tmp"
+        text = json.dumps({"schema": SCHEMA, "cells": [cell.plain() for cell in self.cells]}, indent=2) + "\n"
+        # A name of its own: the same command may start at once on several machines.
+        temporary = self.folder / f".{_FILE}.{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(text, encoding="utf-8")
@@ -118,10 +132,7 @@ class Sweep:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise CommandError(f"{path} is of schema {content['schema']}; this version reads {SCHEMA}.")
-            cells = tuple(
-                Cell(**{**cell, "folder": Path(cell["folder"]), "overrides": tuple(cell["overrides"])})
-                for cell in content["cells"]
-            )
+            cells = tuple(Cell.of_plain(cell) for cell in content["cells"])
         except OSError as error:
             raise CommandError(f"{path} cannot be read ({error.strerror}).") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -185,10 +196,10 @@ def cell_of(overrides: Sequence[str], root: Path | None = None, title: str | Non
     """
     config, launcher = compose_cell(overrides)
     folder, digest = run_folder(config), config_hash(config)
-    kept = [override for override in overrides if not _key(override).startswith("launcher")]
+    kept = [override for override in overrides if not key_of(override).startswith("launcher")]
     if root is not None:
         folder = root / run_folder({**config, "out": None}).name
-        kept = [override for override in kept if _key(override) != "out"] + [f"out={folder}"]
+        kept = [override for override in kept if key_of(override) != "out"] + [f"out={folder}"]
     title = config["choices"]["distiller"] if title is None else title
     return Cell(digest, title, config["seed"], folder, tuple(kept)), launcher
 
@@ -202,10 +213,10 @@ def plan(overrides: Sequence[str]) -> tuple[Sweep, dict[Cell, Launcher]]:
         CommandError: an override that does not fit, in any of the cells.
     """
     first, _ = next(_combinations(overrides))
-    if any(_key(one) == "out" and one not in overrides for one in first):
+    if any(key_of(one) == "out" and one not in overrides for one in first):
         raise CommandError("out= is the folder of the whole sweep: give one.")
     config, launcher = compose_cell(first)
-    given = {_key(override) for override in overrides}
+    given = {key_of(override) for override in overrides}
     overrides = [*overrides, *(f"{key}={values}" for key, values in launcher.swept.items() if key not in given)]
     root = None if config["out"] is None else Path(str(config["out"]))
     started = dict(cell_of(own, root, title or None) for own, title in _combinations(overrides))
@@ -215,27 +226,35 @@ def plan(overrides: Sequence[str]) -> tuple[Sweep, dict[Cell, Launcher]]:
 
 def _combinations(overrides: Sequence[str]) -> Iterator[tuple[list[str], str]]:
     """The overrides of each combination, and those values in it that vary, but for the seed."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    values: list[list[tuple[str, bool]]] = []
-    try:
-        for text, parsed in zip(overrides, OverridesParser.create().parse_overrides([*overrides]), strict=True):
-            if parsed.is_sweep_override():
-                # Hydra's grammar escapes the colon of sckd:kd+cwd, and needs it not.
-                each = [value.replace("\\:", ":") for value in parsed.sweep_string_iterator()]
-                values.append([(f"{_key(text)}={value}", True) for value in each])
-            else:
-                values.append([(text, False)])
-    except HydraException as error:
-        raise CommandError(str(error).splitlines()[0]) from error
-    for combination in itertools.product(*values):
-        varied = [override for override, varies in combination if varies and _key(override) not in ("seed", "out")]
-        shown = [one.partition("=")[2] if _key(one) in GROUPS else one.lstrip("+") for one in varied]
+    each = [[(one, varies) for one in ones] for ones, varies in map(alternatives, overrides)]
+    for combination in itertools.product(*each):
+        varied = [override for override, varies in combination if varies and key_of(override) not in ("seed", "out")]
+        shown = [one.partition("=")[2] if key_of(one) in GROUPS else one.lstrip("+") for one in varied]
         yield [override for override, _ in combination], " ".join(shown)
 
 
-def _key(override: str) -> str:
+def alternatives(override: str) -> tuple[list[str], bool]:
+    """The single overrides that one with several values stands for, and whether it is one, in Hydra's grammar.
+
+    Raises:
+        CommandError: it is no override, or of a kind that cannot be counted.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        if not parsed.is_sweep_override():
+            return [override], False
+        # Hydra's grammar escapes the colon of sckd:kd+cwd, and needs it not.
+        values = [value.replace("\\:", ":") for value in parsed.sweep_string_iterator()]
+    except HydraException as error:
+        raise CommandError(str(error).splitlines()[0]) from error
+    return [f"{key_of(override)}={value}" for value in values], True
+
+
+def key_of(override: str) -> str:
+    """What an override sets."""
     return override.partition("=")[0]
 
 

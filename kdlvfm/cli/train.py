@@ -26,9 +26,13 @@ often set:
   out=FOLDER                  instead of runs/<data>/<student>/<distiller>-<teacher>-seed<seed>-<hash>
   teacher.pretrained=false    random weights (said in the record); teacher.checkpoint=PATH reads a local file
   trainer.precision=bf16-mixed  trainer=ddp  recipe.steps=1000  recipe.optimizer.lr=0.01
+  equal_time=RUN              with distiller=none: so many steps that it takes as long as that run of a distiller
   distiller.loss_weight=5     any argument of the distiller's class; the same for teacher, student and data
   distiller=kd+cwd            several distillers in one run: distiller.parts.cwd.loss_weight=5
                               distiller.weights.cwd.share=0.1  distiller.weights.kd.warmup=0.2
+  distiller=data_free:kd      without the training data, on synthetic images: synthesizer=pool, generator or noise
+  teacher_cache=build         the teacher's features are computed once and read in every step; teacher_cache.views=8
+                              teacher_cache.dtype=int8; see docs/cache.md and kdlvfm cache --help
 
 of a sweep:
   out=FOLDER                  for all its runs, each in a folder of its own
@@ -49,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
     if {"-h", "--help"} & set(flags):
-        groups = "\n".join(f"  {group:<10} {_wrap(options(group), 13)}" for group in GROUPS if options(group))
+        groups = "\n".join(f"  {group:<11} {_wrap(options(group), 14)}" for group in GROUPS if options(group))
         print(_HELP.format(groups=groups))
         return 0
     unknown = set(flags) - {"-m", "--multirun", "--print-config"}
@@ -72,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     return train(config, overrides)
 
 
-def _check_launcher(launcher: Launcher) -> None:
+def check_launcher(launcher: Launcher) -> None:
     """Raise `CommandError` for settings that no cell can be started with."""
     settings = launcher.settings
     if launcher.kind not in ("local", "slurm"):
@@ -101,7 +105,7 @@ def _multirun(overrides: Sequence[str]) -> int:
     alike: dict[str, list[Cell]] = {}
     for cell, launcher in launchers.items():
         alike.setdefault(repr(launcher), []).append(cell)
-        _check_launcher(launcher)
+        check_launcher(launcher)
     sweep.write()
     print(f"{len(sweep.cells)} cells, {sweep.folder}", flush=True)
     for cells in alike.values():
