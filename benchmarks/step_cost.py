@@ -43,9 +43,11 @@ def batch(size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
 class Cell:
     """A method with a student and optimizers of its own."""
 
-    def __init__(self, name: str, student: FeatureModel, teacher: Teacher, task: Task) -> None:
+    def __init__(
+        self, name: str, student: FeatureModel, teacher: Teacher, task: Task, shape: tuple[int, int, int]
+    ) -> None:
         self.student, self.teacher, self.task = copy.deepcopy(student), teacher, task
-        context = Context(self.student, teacher, task, CLASSES, num_samples=64)
+        context = Context(self.student, teacher, task, CLASSES, num_samples=64, batch_shape=shape)
         torch.manual_seed(0)
         self.distiller: Distiller = instantiate(compose([f"distiller={name}"])["distiller"])(context)
         self.groups = self.distiller.parameter_groups(self.student)
@@ -84,12 +86,13 @@ def main() -> None:
         for name in options("distiller")
         if name != "none" and "segmentation" in read_about("distiller", name)["tasks"]
     ]
-    baseline = Cell("none", student, teacher, task)
+    shape = (chosen.batch, *images.shape[2:])
+    baseline = Cell("none", student, teacher, task, shape)
     baseline.seconds(images, target, 0)
     methods = {}
     for name in names:
         try:
-            cell = Cell(name, student, teacher, task)
+            cell = Cell(name, student, teacher, task, shape)
         except ValueError as error:
             print(f"{name:<24} not measured: {error}", flush=True)
             continue
