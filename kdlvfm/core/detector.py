@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,6 +40,69 @@ class Detector(Protocol):
         Args:
             features: the `task_taps` of a batch.
             sizes: for each image, int64 (2,), height and width of the part that is no padding; boxes end there.
+        """
+
+
+class Candidates(NamedTuple):
+    """All that a dense head says of images: a box for each of its N anchors, of all levels, before any is left out.
+
+    Attributes:
+        boxes: (B, N, 4), corners x1, y1, x2, y2 in pixels of the image given.
+        scores: of each level (B, n, K), in [0, 1]; the n sum to N.
+        quality: (B, N), in [0, 1], which the scores are multiplied by, such as FCOS' centerness; `None` without.
+    """
+
+    boxes: Tensor
+    scores: tuple[Tensor, ...]
+    quality: Tensor | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a detector comes from candidates to what it detects.
+
+    Attributes:
+        score_threshold: scores, before they are multiplied by a quality, must be above it.
+        per_level: of each level, as many of the best scores go on.
+        iou_threshold: of two boxes of a class that overlap more, the one with the lower score is suppressed.
+        limit: as many of the best are detected in an image.
+    """
+
+    score_threshold: float
+    per_level: int
+    iou_threshold: float
+    limit: int
+
+
+class BoxDecoder(Protocol):
+    """From the outputs of a dense head to boxes in pixels, in operations that can be exported.
+
+    Attributes:
+        selection: what the detector does with the candidates.
+        rates: whether they have a quality.
+    """
+
+    selection: Selection
+    rates: bool
+
+    def __call__(self, features: Features, size: tuple[int, int]) -> Candidates:
+        """The candidates of a batch.
+
+        Args:
+            features: the detector's `task_taps`.
+            size: height and width of the images; boxes end there.
+        """
+
+
+@runtime_checkable
+class DenseDetector(Detector, Protocol):
+    """A detector whose head may classify and regress at every position of every level."""
+
+    def box_decoder(self) -> BoxDecoder:
+        """What decodes its outputs.
+
+        Raises:
+            ValueError: its head has no such outputs, or decodes them in another way.
         """
 
 

@@ -29,6 +29,8 @@ class Context:
         num_samples: images in the training set.
         steps: batches of the whole run; `None` where that is not settled.
         batches_per_epoch: batches in one pass over the training set; `None` where that is not settled.
+        batch_shape: images in a training batch, over all processes, and their height and width; `None` where that is
+            not settled.
     """
 
     student: FeatureModel
@@ -38,6 +40,7 @@ class Context:
     num_samples: int
     steps: int | None = None
     batches_per_epoch: int | None = None
+    batch_shape: tuple[int, int, int] | None = None
 
     def require_teacher(self) -> Teacher:
         """The teacher.
@@ -48,6 +51,16 @@ class Context:
         if self.teacher is None:
             raise ValueError("this distiller needs a teacher: pass one, for example teacher=dinov3_vits16.")
         return self.teacher
+
+    def require_batch_shape(self) -> tuple[int, int, int]:
+        """Images in a training batch, their height and their width.
+
+        Raises:
+            ValueError: they are not settled.
+        """
+        if self.batch_shape is None:
+            raise ValueError("the size of the training images is not known here: pass image_size=(height, width).")
+        return self.batch_shape
 
     def tap_dims(self, method: type[Distiller], hparams: Mapping[str, Any]) -> dict[str, Any]:
         """Channels at the two taps of a method that has one of each: `student_dim` and `teacher_dim`.
@@ -105,7 +118,7 @@ class Step:
 
     Attributes:
         images: (B, 3, H, W) in [0, 1].
-        target: the task's ground truth.
+        target: the task's ground truth; `None` where there is none, and then the task has no terms.
         index: (B,) position of each sample in its data set.
         epoch: epochs completed; all that a phase may depend on, so that resuming is exact, are this, `batch`,
             `number` and `progress`.
@@ -152,6 +165,8 @@ class Step:
 
     def task_loss(self, features: Features) -> dict[str, Tensor]:
         """The task's terms for the student's features of the images, the task's taps among them, unless `seen`."""
+        if self.target is None:
+            return {}
         return dict(self.seen.task) or self.task.loss(self.student, features, self.target)
 
 
@@ -183,11 +198,16 @@ class Distiller(nn.Module, ABC):
         teacher_taps: taps of the teacher that `forward` reads; empty means that no teacher is needed.
         moves_subsets: an update may leave trainable parameters of its group without a gradient, for instance since a
             term is switched off; training on several processes must know.
+        calls_teacher: it wants more of the teacher than its features of a step's images at `teacher_taps`, for instance
+            a part of its network, or features of other images; what was stored of a teacher does not serve it.
+        needs_truth: the method learns from ground truth, so that it has nothing to teach on images without.
     """
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     moves_subsets: bool = False
+    calls_teacher: bool = False
+    needs_truth: bool = False
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Distiller:

@@ -15,6 +15,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, from 0; 0 outside a distributed run."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 class _GatherBatch(torch.autograd.Function):
     """All processes' batches in the order of their ranks; backward sums the gradients that all have for one's own."""
 

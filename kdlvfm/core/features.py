@@ -63,6 +63,7 @@ class FeatureModel(nn.Module, ABC):
     - `fpn.<i>`, `cls.<i>` and `reg.<i>`: (B, C, H', W') of a detector at level i of its pyramid, the finest first: the
       map, the class scores before the sigmoid and the boxes, for GFL the distributions of their four sides;
     - `cls_mid.<i>` and `reg_mid.<i>`: (B, C, H', W'), inside a detector's head, see `kdlvfm.core.split_head.SplitHead`;
+    - `noise` and `variance`: (B, C, H, W) of a diffusion model, see `kdlvfm.core.denoiser.Denoiser`;
     - `module:<path>`: the output of any sub-module of `net`, read with a hook. Not portable between libraries.
 
     Attributes:
@@ -151,6 +152,7 @@ def level_taps(model: FeatureModel, kind: str) -> tuple[str, ...]:
     found = tuple(tap for tap in model.taps() if tap.rpartition(".")[0] == kind)
     if not found:
         raise TapError(
-            f"{model.card.name} has no taps '{kind}.<i>', which are a detector's. It has: {', '.join(model.taps())}."
+            f"{model.card.name} has no taps '{kind}.<i>', which detectors such as GFL have. It has: "
+            f"{', '.join(model.taps())}."
         )
     return found

@@ -151,6 +151,8 @@ class MaskLearner(Distiller):
         ValueError: the share is none.
     """
 
+    needs_truth = True
+
     def __init__(self, align: Aligner, masked_task: MaskedTask, mask_share: float) -> None:
         super().__init__()
         if not 0 < mask_share <= 1:

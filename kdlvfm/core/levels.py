@@ -146,6 +146,8 @@ class Levels(Distiller):
         self.student_taps = tuple(tap for level in levels for tap in level.student_taps)
         self.teacher_taps = tuple(tap for level in levels for tap in level.teacher_taps)
         self.moves_subsets = any(level.moves_subsets for level in levels)
+        self.calls_teacher = any(level.calls_teacher for level in levels)
+        self.needs_truth = any(level.needs_truth for level in levels)
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The method's terms, sums over the levels."""

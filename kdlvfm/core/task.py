@@ -32,11 +32,13 @@ class Task(ABC):
     """A supervised problem: it unpacks batches, computes the loss on ground truth and owns the metrics.
 
     Attributes:
-        primary_metric: the metric that tables compare and selection maximises.
-        truth: what ground truth it learns from, `"masks"` or `"boxes"`; data must have the same.
+        primary_metric: the metric that tables compare and selection maximises, or minimises where it is a distance.
+        distances: metrics that are plain numbers, of which less is better; all others are fractions, of which more is.
+        truth: what ground truth it learns from, `"masks"`, `"boxes"` or `"images"`; data must have the same.
     """
 
     primary_metric: str
+    distances: tuple[str, ...] = ()
     truth: str
 
     @abstractmethod
@@ -46,6 +48,11 @@ class Task(ABC):
         Raises:
             ValueError: the student is none for this task.
         """
+
+    def one_pass(self, student: FeatureModel, images: Tensor) -> dict[str, Tensor]:
+        """What predictions are decoded from, once: the pass that is counted and timed as a student's cost."""
+        features: dict[str, Tensor] = student(images, self.student_taps(student))
+        return features
 
     @abstractmethod
     def solves(self, model: FeatureModel) -> bool:
@@ -72,3 +79,11 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> Metrics:
         """Fresh metrics."""
+
+    def per_image(self, predictions: Any, target: Any) -> dict[str, Tensor] | None:
+        """What each image of a batch adds to the metrics, whole numbers (B, ...) by name.
+
+        Reports draw the images anew from it. `None`, the default, is for a task whose metrics are no function of sums.
+        """
+        del predictions, target
+        return None

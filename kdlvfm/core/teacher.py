@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kdlvfm.core.align import resize_map
+from kdlvfm.core.denoiser import Denoiser
+from kdlvfm.core.detector import Detector
 from kdlvfm.core.features import FeatureModel, ModelCard, TapInfo
 
 
@@ -25,10 +27,21 @@ class Teacher(nn.Module):
         input_size: side lengths (height, width) in pixels, or one for both, that images are resized to before the
             network sees them; `None` keeps the size of the images. Spatial features still cover the whole image, and
             dense logits come back in the size of the images given.
+
+    Raises:
+        ValueError: an `input_size` for a detector, whose strides and boxes are in pixels of the images it sees, or for
+            a denoiser, whose noise no resizing survives.
     """
 
     def __init__(self, model: FeatureModel, *, input_size: int | tuple[int, int] | None = None) -> None:
         super().__init__()
+        if input_size is not None and any(isinstance(part, Detector) for part in model.modules()):
+            raise ValueError(
+                f"input_size is not for a detector such as {model.card.name}, since its boxes would be those of the "
+                "resized image: leave it null, and let data.resize set the size of images for teacher and student."
+            )
+        if input_size is not None and isinstance(model, Denoiser):
+            raise ValueError(f"input_size is not for {model.card.name}, which finds noise: leave it null.")
         model.eval().requires_grad_(False)
         self._held = (model,)
         self._input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -60,20 +73,23 @@ class Teacher(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def forward(self, images: Tensor, taps: Collection[str], *, input_grad: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, taps: Collection[str], *, input_grad: bool = False, timesteps: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Features of `images` (B, 3, H, W) in [0, 1], one entry for each tap.
 
         Args:
             images: the batch, in the student's geometry.
             taps: names of the features wanted; none of them means no work is done.
             input_grad: let gradients flow to `images` (data-free methods); the teacher itself stays frozen.
+            timesteps: of a `Denoiser`, which then takes noisy states for images.
         """
         if not taps:
             return {}
         size = images.shape[-2:]
         with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()):
             seen = images if self._input_size is None else resize_map(images, self._input_size)
-            features: dict[str, Tensor] = self.model(seen, taps)
+            features: dict[str, Tensor] = self.model(seen, taps, *(() if timesteps is None else (timesteps,)))
             if self._input_size is not None:
                 features = {
                     tap: resize_map(value, size) if value.dim() == 4 and value.shape[-2:] == seen.shape[-2:] else value

@@ -19,9 +19,11 @@ from kdlvfm.distillers.crosskd import (
 from kdlvfm.distillers.cskd import CSKD, channel_attention, cka, cka_loss, position_attention
 from kdlvfm.distillers.customkd import CustomKD
 from kdlvfm.distillers.cwd import CWD, cwd_loss
+from kdlvfm.distillers.data_free import DataFree
 from kdlvfm.distillers.deit import DeiT, deit_loss
 from kdlvfm.distillers.dist import DIST, dist_loss
 from kdlvfm.distillers.dkd import DKD, dkd_loss
+from kdlvfm.distillers.dkdm import DKDM, StatePool, dkdm_loss, dkdm_variance_loss
 from kdlvfm.distillers.fgd import FGD, fgd_loss, fgd_masks
 from kdlvfm.distillers.fitnet import FitNet, fitnet_loss
 from kdlvfm.distillers.freekd import FreeKD, freekd_loss, haar_bands, haar_inverse
@@ -43,6 +45,7 @@ from kdlvfm.distillers.scale_kd import ScaleKD, scale_kd_loss
 from kdlvfm.distillers.sckd import SCKD, gradient_gate
 from kdlvfm.distillers.score_kd import ScoreKD, score_kd_loss
 from kdlvfm.distillers.similarity_preserving import SP, sp_loss
+from kdlvfm.distillers.synthetic_set import SyntheticSet
 from kdlvfm.distillers.token_relation import TokenRelation, image_relation_loss, token_relation_loss
 from kdlvfm.distillers.vkd import VkD, vkd_loss
 
@@ -53,6 +56,7 @@ __all__ = [
     "CWD",
     "DIST",
     "DKD",
+    "DKDM",
     "FGD",
     "I2CKD",
     "IDD",
@@ -73,6 +77,7 @@ __all__ = [
     "Compose",
     "CrossKD",
     "CustomKD",
+    "DataFree",
     "DeiT",
     "FitNet",
     "FreeKD",
@@ -83,6 +88,8 @@ __all__ = [
     "ReviewKD",
     "ScaleKD",
     "ScoreKD",
+    "StatePool",
+    "SyntheticSet",
     "TokenRelation",
     "VkD",
     "Weight",
@@ -104,6 +111,8 @@ __all__ = [
     "deit_loss",
     "dist_loss",
     "dkd_loss",
+    "dkdm_loss",
+    "dkdm_variance_loss",
     "fgd_loss",
     "fgd_masks",
     "fitnet_loss",

@@ -245,6 +245,7 @@ class CIRKD(Distiller):
                 nn.ReLU(),
                 nn.Conv2d(teacher_dim, teacher_dim, kernel_size=1, bias=False),
             )
+            self.needs_truth = True
             self.pixels = ClassMemory(num_classes, pixel_memory, teacher_dim)
             self.regions = ClassMemory(num_classes, region_memory, teacher_dim)
         elif (student_dim, teacher_dim, num_classes) != (None, None, None):

@@ -80,9 +80,12 @@ class Compose(Distiller):
         self.at = at
         self.student_taps = _union(*(part.student_taps for part in parts.values()), () if at is None else (at,))
         self.teacher_taps = _union(*(part.teacher_taps for part in parts.values()))
-        self.moves_subsets = any(part.moves_subsets for part in parts.values()) or any(
-            weight.at(0.0) == 0 or weight.stop < 1 for weight in self.weights.values()
-        )
+        self.calls_teacher = any(part.calls_teacher for part in parts.values())
+        calibrated = any(weight.share is not None for weight in self.weights.values())  # against the task's gradient
+        self.needs_truth = calibrated or any(part.needs_truth for part in parts.values())
+        resting = [weight.at(0.0) == 0 or weight.stop < 1 for weight in self.weights.values()]
+        self.may_rest = all(resting)
+        self.moves_subsets = any(part.moves_subsets for part in parts.values()) or any(resting)
         # Of each calibrated part: the step of the last measurement, the lengths of the task's gradient and of its own.
         self._measured: dict[str, tuple[int, float, float]] = {}
 

@@ -183,6 +183,8 @@ class CrossKD(Distiller):
         ['crosskd_cls', 'crosskd_reg']
     """
 
+    calls_teacher = True
+
     def __init__(
         self,
         tails: Sequence[HeadTails],

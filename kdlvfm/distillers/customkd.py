@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features, Step, Update
 from kdlvfm.core.align import Resize, check_levels, check_resize, match_size, promote
 from kdlvfm.core.aligner import Target, Targets
+from kdlvfm.core.frozen import frozen
 from kdlvfm.core.levels import head_pairs
 from kdlvfm.core.projectors import Projector, build_projector
 
@@ -72,6 +72,8 @@ class CustomKD(Distiller):
         >>> list(terms)
         ['customkd_general', 'customkd_specific']
     """
+
+    needs_truth = True
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class CustomKD(Distiller):
                 pair = match_size(promote(self.projectors[level](own)), goal, self.resize)
                 general.append(F.mse_loss(*pair))
             if self.specific_weight:
-                with _frozen(self.customisers[level]):
+                with frozen(self.customisers[level]):
                     pair = match_size(own, promote(self.customisers[level](goal)), "teacher")
                 specific.append(F.mse_loss(*pair))
         terms = {
@@ -173,27 +175,7 @@ class CustomKD(Distiller):
             )
         }
         height, width = step.images.shape[-2:]
-        with _frozen(step.student):
+        with frozen(step.student):
             outputs = step.student.apply_head(customised, (height, width))
             terms = step.task.loss(step.student, outputs, step.target)
         yield Update(terms, group="customiser", task_terms=tuple(terms))
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Within the context `network` is a constant: without statistics that move or parameters that take a gradient."""
-    # Heads of detectors may predict in other units when not in training: what has parts of its own keeps its mode.
-    layers = [module for module in network.modules() if [*module.buffers(recurse=False)] or not [*module.children()]]
-    modes = [module.training for module in layers]
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for module in layers:
-        module.training = False
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in zip(layers, modes, strict=True):
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -117,6 +117,8 @@ class DKD(Distiller):
         ['dkd']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         *,

@@ -194,6 +194,8 @@ class FGD(Distiller):
         ['fgd_focal', 'fgd_global']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         student_dims: Sequence[int],

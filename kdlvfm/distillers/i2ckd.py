@@ -168,6 +168,8 @@ class I2CKD(Distiller):
         ['i2ckd']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         student_dim: int,

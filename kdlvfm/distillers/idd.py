@@ -121,6 +121,8 @@ class IDD(Distiller):
         ['idd']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         num_classes: int,

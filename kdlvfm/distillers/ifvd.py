@@ -95,6 +95,8 @@ class IFVD(Distiller):
         ['ifvd']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         num_classes: int,

@@ -206,6 +206,8 @@ class LD(Distiller):
         ['ld_main', 'ld_valuable']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         strides: Sequence[int],

@@ -103,6 +103,8 @@ class OFA(Distiller):
         ['ofa', 'ofa_stages']
     """
 
+    needs_truth = True
+
     def __init__(
         self,
         stages: Mapping[str, int],

@@ -28,8 +28,9 @@ def rsd_loss(
     dimensions are uncorrelated.
 
     Args:
-        student: (B, D), already mapped to the teacher's dimension; at least 2 samples, and about 64 for correlations
-            that mean something.
+        student: (B, D), already mapped to the teacher's dimension; at least 2 samples, and about 64, the authors'
+            least, for correlations that mean something. Between 2 samples every correlation is 1 or -1: what the
+            student does changes nothing but signs, and where one changes the gradient has hardly a bound.
         teacher: (B, D); receives no gradient.
         kappa: weight of the off-diagonal entries; 0.01 in the paper.
         reduction: `"sum"` is the paper's; `"per_dim"`, ours, divides by D, so that one weight fits all teachers.
@@ -45,7 +46,7 @@ def rsd_loss(
 
     Example:
         >>> import torch
-        >>> x = torch.tensor([[1.0], [-1.0]])
+        >>> x = torch.tensor([[1.0], [-1.0], [0.0]])
         >>> round(rsd_loss(x, -x).item(), 3)
         4.0
     """
@@ -54,8 +55,8 @@ def rsd_loss(
             f"embeddings must have one shape (B, D), not {tuple(student.shape)} (student) and "
             f"{tuple(teacher.shape)} (teacher)."
         )
-    if student.shape[0] < 2:
-        raise ValueError("one sample has no correlations: RSD needs a batch of at least 2, better 64.")
+    if len(student) < 2:
+        raise ValueError("one sample has no correlations: RSD needs a batch of at least 3, better 64.")
     if reduction not in ("sum", "per_dim"):
         raise ValueError(f"reduction must be 'sum' or 'per_dim', not {reduction!r}.")
     first, second = _standardise(promote(student)), _standardise(promote(teacher.detach()))
@@ -100,8 +101,8 @@ class RSD(Distiller):
     Args:
         student_dim: channels of the student's tap.
         teacher_dim: channels of the teacher's tap.
-        mode: `"pooled"`: one sample is an image, and maps are averaged over positions; `"dense"`, not in the paper:
-            one sample is a position of the two maps on one grid.
+        mode: `"pooled"`: one sample is an image, of which a batch must have 3, and maps are averaged over positions;
+            `"dense"`, not in the paper: one sample is a position of the two maps on one grid.
         loss_weight: weight of the term; 0.1 in the authors' code, for teachers of 384 to 1024 dimensions.
         kappa: weight of the off-diagonal entries.
         expansion: width of the head's hidden layer over `student_dim`.
@@ -151,8 +152,18 @@ class RSD(Distiller):
 
     @classmethod
     def from_context(cls, context: Context, **hparams: Any) -> Self:
-        """Reads both channel counts from the taps."""
-        return cls(**context.tap_dims(cls, hparams), **hparams)
+        """Reads both channel counts from the taps.
+
+        Raises:
+            ValueError: batches of 1 or 2 images in pooled mode, between which correlations say nothing.
+        """
+        distiller = cls(**context.tap_dims(cls, hparams), **hparams)
+        if distiller.mode == "pooled" and context.batch_shape is not None and context.batch_shape[0] < 3:
+            raise ValueError(
+                f"RSD correlates over samples, and {context.batch_shape[0]} of them have no correlations but 1 and -1: "
+                "it needs at least 3, better 64. Pass a larger batch, or mode=dense, whose samples are positions."
+            )
+        return distiller
 
     def forward(self, student: Features, teacher: Features, target: Any = None) -> dict[str, Tensor]:
         """The term `rsd`."""
@@ -162,10 +173,10 @@ class RSD(Distiller):
             first, second = self._positions(*match_size(first, second, self.resize))
         else:
             first, second = (x.mean(dim=(2, 3)) if x.dim() == 4 else x for x in (first, second))
-        if first.shape[0] < 2:
-            raise ValueError("RSD correlates over samples, and this batch has one: pass a larger batch, or mode=dense.")
         if self.gather:
             first, second = gather_batch(first), gather_batch(second)
+        if len(first) < 2:  # here as well: the head's batch normalisation comes before the loss
+            raise ValueError("one sample has no correlations: pass a batch of at least 3, or mode=dense.")
         loss = rsd_loss(self.projector(first), second, self.kappa, reduction=self.reduction)
         return {"rsd": self.loss_weight * loss}
 

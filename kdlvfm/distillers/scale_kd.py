@@ -183,6 +183,7 @@ class ScaleKD(Distiller):
         self.projectors = self._build_projectors(student_dim, teacher_dim)
         # Held in a tuple: a module would become a part of this one, to be trained and saved.
         self._perception = (perception,)
+        self.calls_teacher = perception is not None
         if perception is not None:
             if early_dim is None:
                 raise ValueError("perception needs early_dim, the channels of the student's map that is perceived.")

@@ -95,6 +95,7 @@ class SCKD(Compose):
         if not -1 <= threshold <= 1:
             raise ValueError(f"threshold is a cosine, from -1 to 1, not {threshold}.")
         self.threshold = threshold
+        self.needs_truth = True  # for the task's gradient
         self.moves_subsets = True  # a closed gate leaves the projector of its term without a gradient
 
     def _chosen(self, step: Step, task: Mapping[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,5 +34,5 @@ def test_a_head_for_fewer_classes_still_predicts_a_box(detector):
 
 
 def test_a_network_without_scores_is_refused(student):
-    with pytest.raises(TapError, match="which are a detector's"):
+    with pytest.raises(TapError, match="which detectors such as GFL have"):
         boxes_per_position(student, 5)

@@ -72,5 +72,5 @@ def test_levels_of_a_detector_in_order(detector):
 
 
 def test_a_network_without_levels_says_what_it_has(student):
-    with pytest.raises(TapError, match=r"toy has no taps 'fpn\.<i>', which are a detector's\. It has: map\.0, "):
+    with pytest.raises(TapError, match=r"no taps 'fpn\.<i>', which detectors such as GFL have\. It has: map\.0, "):
         level_taps(student, "fpn")

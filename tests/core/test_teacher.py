@@ -96,3 +96,25 @@ def test_only_maps_are_brought_back(toy_model):
     model = toy_model(dims=(4, 6, 16), strides=(2, 2, 1))
     tokens = Teacher(model, input_size=16)(torch.rand(2, 3, 8, 8), ["tokens"])["tokens"]
     assert tokens.shape == (2, 16, 16)
+
+
+def test_a_detector_sees_images_as_they_are(toy_detector, toy_model):
+    class Detecting(toy_detector):
+        num_classes, task_taps = 5, ("cls.0",)
+
+        def loss(self, features, target):
+            return {}
+
+        def predict(self, features, sizes):
+            return []
+
+    class Both(toy_model):
+        def __init__(self):
+            super().__init__()
+            self.member = Detecting()
+
+    for model in (Detecting(), Both()):
+        assert Teacher(model).model is model
+        with pytest.raises(ValueError, match="input_size is not for a detector such as toy"):
+            Teacher(model, input_size=32)
+    assert Teacher(toy_detector(), input_size=32)

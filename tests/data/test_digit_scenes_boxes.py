@@ -45,3 +45,16 @@ def test_facts():
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(DataError, match=message):
         boxes(**arguments)
+
+
+def test_a_stream_shows_each_scene_once_and_none_that_students_see():
+    data = boxes(stream=True, train=8)
+    assert data.num_samples == LOADER["batch_size"] * LOADER["steps"]
+    keys = [key.sample for batch in data.sampler() for key in batch]
+    assert sorted(keys) == [*range(data.num_samples)]
+    streamed = [data.samples("train")[i][0] for i in range(4)]
+    assert not any(
+        torch.equal(one, other) for one in streamed for other, _ in map(boxes().samples("train").__getitem__, range(8))
+    )
+    assert torch.equal(data.samples("test")[0][0], boxes().samples("test")[0][0])
+    assert data.split_hash() != boxes(train=12).split_hash()

@@ -16,7 +16,7 @@ def test_every_pass_holds_every_sample_once_in_another_order():
     shuffle = Shuffle(11, "labelled", 0)
     passes = [[shuffle[11 * epoch + place] for place in range(11)] for epoch in range(4)]
     for epoch, keys in enumerate(passes):
-        assert {key.epoch for key in keys} == {epoch}
+        assert {key.view for key in keys} == {epoch}
         assert sorted(key.sample for key in keys) == list(range(11))
     assert len({tuple(key.sample for key in keys) for keys in passes}) == 4
 
@@ -47,6 +47,12 @@ def test_a_later_start_gives_the_same_batches_and_the_same_length(start):
     resumed = StepSampler(**RUN, start=start)
     assert list(resumed) == list(StepSampler(**RUN))[start:]
     assert len(resumed) == 30
+
+
+def test_views_take_turns():
+    endless, three = list(StepSampler(**RUN)), list(StepSampler(**RUN, views=3))
+    assert [[SampleKey(key.view % 3, key.sample) for key in batch] for batch in endless] == three
+    assert {key.view for batch in three for key in batch} == {0, 1, 2}
 
 
 def test_seed_decides():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RSD against numpy, worked examples, the properties of the formula, and its two kinds of samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -77,8 +79,8 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spike", [0.0, 1.0, 1e4])
 def test_half_precision_at_extreme_values(spike, dtype):
-    """Two samples, equal but for the spike; under autocast the product stays in float32."""
-    student = torch.full((2, 3), 1e4, dtype=dtype)
+    """Samples equal but for one spike; under autocast the product stays in float32."""
+    student = torch.full((3, 3), 1e4, dtype=dtype)
     student[0] -= spike
     teacher = -student.clone()
     student.requires_grad_()
@@ -94,9 +96,9 @@ def test_half_precision_at_extreme_values(spike, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_with_constant_maps(dtype, mode):
     distiller = RSD(3, 5, mode=mode)
-    student = torch.full((2, 3, 2, 2), 1e4, dtype=dtype, requires_grad=True)
+    student = torch.full((3, 3, 2, 2), 1e4, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        loss = distiller({"map.-1": student}, {"map.-1": torch.full((2, 5, 4, 4), -1e4, dtype=dtype)})["rsd"]
+        loss = distiller({"map.-1": student}, {"map.-1": torch.full((3, 5, 4, 4), -1e4, dtype=dtype)})["rsd"]
     loss.backward()
     assert loss.isfinite()
     assert all(x.grad.isfinite().all() for x in (student, *distiller.parameters()))
@@ -107,7 +109,7 @@ def test_bad_arguments_are_refused():
         rsd_loss(normal(4, 3), normal(4, 5))
     with pytest.raises(ValueError, match=r"one shape \(B, D\)"):
         rsd_loss(normal(4, 3, 2, 2), normal(4, 3, 2, 2))
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="one sample has no correlations"):
         rsd_loss(normal(1, 3), normal(1, 3))
     with pytest.raises(ValueError, match="reduction must be"):
         rsd_loss(normal(4, 3), normal(4, 3), reduction="mean")
@@ -120,6 +122,19 @@ def test_one_image_is_too_few_for_pooled_and_enough_for_dense():
     with pytest.raises(ValueError, match="mode=dense"):
         RSD(3, 5)(student, teacher)
     assert RSD(3, 5, mode="dense")(student, teacher)["rsd"].isfinite()
+
+
+def test_from_three_images_on_the_gradient_is_of_one_size():
+    """Whatever the scale of what the images differ by: it is divided by that in any case."""
+
+    def length(count, seed):
+        torch.manual_seed(seed)
+        distiller, images = RSD(64, 192), (torch.rand(64) + 0.1 * torch.randn(count, 64)).requires_grad_()
+        distiller({"map.-1": images}, {"map.-1": torch.randn(count, 192)})["rsd"].backward()
+        return images.grad.norm().item()
+
+    few, many = (np.median([length(count, seed) for seed in range(5)]) for count in (3, 64))
+    assert many < few < 30 * many
 
 
 def test_the_head_is_that_of_the_paper():
@@ -180,6 +195,13 @@ def test_student_and_head_get_a_gradient_and_the_teacher_none(mode):
     distiller({"map.-1": student}, {"map.-1": teacher})["rsd"].backward()
     assert teacher.grad is None
     assert all((x.grad != 0).any() for x in (student, *distiller.parameters()))
+
+
+def test_batches_too_small_are_found_before_training(context):
+    with pytest.raises(ValueError, match="2 of them"):
+        RSD.from_context(replace(context, batch_shape=(2, 32, 32)))
+    for shape, mode in (((3, 32, 32), "pooled"), ((1, 32, 32), "dense"), (None, "pooled")):
+        assert RSD.from_context(replace(context, batch_shape=shape), mode=mode).mode == mode
 
 
 def test_from_context_reads_both_dimensions(context):

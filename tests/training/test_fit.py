@@ -237,6 +237,16 @@ def test_evaluate_counts_by_hand(small_net, make_data):
     assert evaluate(Teacher(model), data.val_dataloader(), Segmentation(3, class_names=data.class_names)) == result
 
 
+def test_evaluate_tells_what_each_image_adds(small_net, make_data):
+    model, data, task = small_net(), make_data(), Segmentation(3)
+    found = []
+    result = evaluate(model, data.val_dataloader(), task, each=lambda *batch: found.append(batch))
+    assert torch.cat([index for index, _ in found]).tolist() == list(range(data.counts()["val"]))
+    hits, seen, predicted = (torch.cat([adds[key] for _, adds in found]) for key in ("hits", "truth", "predicted"))
+    iou = hits.sum(0) / (seen.sum(0) + predicted.sum(0) - hits.sum(0))
+    assert result["miou"] == pytest.approx(iou.mean().item())
+
+
 def test_evaluate_without_labels_has_no_scores(small_net, make_data):
     batches = [{**batch, "mask": torch.full_like(batch["mask"], 255)} for batch in make_data().val_dataloader()]
     assert evaluate(small_net(), batches, Segmentation(3)) == {"iou": {"0": None, "1": None, "2": None}}
