@@ -1,7 +1,15 @@
 # What a new user types: make demo, make test. Both set up .venv with pip from the package registry.
+TASK ?= segmentation
 SEEDS ?= 1
 PYTHON ?= python3
 BIN := .venv/bin
+ifeq ($(TASK),detection)
+INSTALLED := .venv/installed-mmdet
+TEACHER := digit_scenes_teacher_detection
+else
+INSTALLED := .venv/installed
+TEACHER := digit_scenes_teacher
+endif
 # One thread a process: more of them on few shared cores get in each other's way.
 export OMP_NUM_THREADS := 1
 # A file of tests at a time in each process, one process for each core.
@@ -12,8 +20,8 @@ WORKERS := -n auto --maxprocesses 8 --dist loadfile
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
-demo: .venv/installed ## baseline and three distillers on DigitScenes: table and picture in minutes (SEEDS=3 for intervals)
-	@$(BIN)/kdlvfm demo --seeds $(SEEDS)
+demo: $(INSTALLED) ## baseline and three distillers on DigitScenes: table and picture in minutes (SEEDS=3, TASK=detection)
+	@$(BIN)/kdlvfm demo --task $(TASK) --seeds $(SEEDS)
 
 test: .venv/installed-dev ## all tests
 	$(BIN)/python -m pytest $(WORKERS)
@@ -27,8 +35,8 @@ check: .venv/installed-dev ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-teacher: .venv/installed ## pre-train the demo's teacher again (about an hour on one core)
-	$(BIN)/kdlvfm train experiment=digit_scenes_teacher
+teacher: $(INSTALLED) ## pre-train the demo's teacher again (about an hour on one core; TASK=detection)
+	$(BIN)/kdlvfm train experiment=$(TEACHER)
 
 clean: ## remove the environment (runs stay)
 	rm -rf .venv
@@ -41,6 +49,11 @@ clean: ## remove the environment (runs stay)
 	@echo "Installing kdlvfm and what it needs into .venv; torch alone takes some minutes ..."
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --progress-bar off -e '.[train]'
+	@touch $@
+
+.venv/installed-mmdet: pyproject.toml | .venv/installed
+	@echo "Installing MMDetection into .venv ..."
+	@$(BIN)/python -m pip install --quiet --progress-bar off -e '.[mmdet]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/installed

@@ -34,10 +34,10 @@ Every method is chosen by `distiller=<name>`; its options are the arguments of i
   far below 1 it hardly teaches, far above it drowns the task. After 60 steps from random weights in
   [this experiment](../experiments/zoo_smoke/README.md); another task, teacher or stage of training has other values,
   which [diagnostics](concepts.md#diagnostics) show. `distiller.loss_weight=` changes it.
-- *seg*, *det*: segmentation, detection.
+- *seg*, *det*, *dif*: segmentation, detection, diffusion.
 
-Cells are blank where nothing was measured: both measurements are of segmentation, which methods for detectors alone do
-not do, and DeiT needs a student with a distillation token.
+Cells are blank where nothing was measured: both measurements are of segmentation, which methods for detectors or for
+diffusion alone do not do, and DeiT needs a student with a distillation token.
 
 | `distiller=` | what it does | paper | reads | trains | groups | extra parameters | step | pull | for |
 | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |

@@ -214,7 +214,9 @@ def detection_task():
 
 @pytest.fixture
 def detection_context(detector, detector_teacher, detection_task):
-    return Context(detector, detector_teacher, detection_task, num_classes=NUM_CLASSES, num_samples=12)
+    return Context(
+        detector, detector_teacher, detection_task, num_classes=NUM_CLASSES, num_samples=12, batch_shape=(4, *SIZE)
+    )
 
 
 @pytest.fixture
@@ -263,7 +265,7 @@ def task():
 
 @pytest.fixture
 def context(student, teacher, task):
-    return Context(student, teacher, task, num_classes=NUM_CLASSES, num_samples=12)
+    return Context(student, teacher, task, num_classes=NUM_CLASSES, num_samples=12, batch_shape=(4, *SIZE))
 
 
 @pytest.fixture

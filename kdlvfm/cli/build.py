@@ -13,6 +13,7 @@ from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import names_in
 from kdlvfm.cli.config import instantiate, options
 from kdlvfm.cli.list import read_about
+from kdlvfm.cli.teacher_cache import RunCache, prepare
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.core.levels import build_at_levels
 from kdlvfm.data.base import SampleData
@@ -31,6 +32,7 @@ class Cell:
     teacher: Teacher | None
     distiller: Distiller
     module: DistillationModule
+    cache: RunCache | None = None
 
 
 # Least value of each whole number that a run is carried out by; Hydra takes any word for a value.
@@ -46,8 +48,17 @@ _WHOLE = {
     "run.threads": 1,
     "run.diagnose_every": 1,
     "run.dead_term_steps": 1,
+    "run.inference_seconds": 1,
+    "teacher_cache.views": 1,
 }
-_MAY_BE_NULL = ("recipe.val_every", "run.threads", "run.diagnose_every", "run.dead_term_steps")
+_MAY_BE_NULL = (
+    "recipe.val_every",
+    "run.threads",
+    "run.diagnose_every",
+    "run.dead_term_steps",
+    "run.inference_seconds",
+    "teacher_cache.views",
+)
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -77,9 +88,15 @@ def build_task(config: Mapping[str, Any], data: SampleData) -> Task:
     Raises:
         CommandError: it learns from another kind of ground truth than the data has.
     """
-    task: Task = instantiate(config["task"], num_classes=data.num_classes, class_names=data.class_names)
+    node, known = dict(config["task"]), {"num_classes": data.num_classes, "class_names": data.class_names}
+    if "judge" in node:
+        known["judge"] = build_teacher(node.pop("judge"), data.class_names)
+    try:
+        task: Task = instantiate({**node, "_partial_": True})(**known)
+    except (ValueError, TypeError) as error:
+        raise CommandError(str(error)) from error
     if task.truth != data.truth:
-        fitting = {"masks": "segmentation", "boxes": "detection"}[data.truth]
+        fitting = {"masks": "segmentation", "boxes": "detection", "images": "diffusion"}[data.truth]
         raise CommandError(
             f"{data.name} has {data.truth} and this task learns from {task.truth}: set task={fitting}, or choose other "
             "data."
@@ -131,7 +148,10 @@ def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) 
             raise CommandError(str(error)) from error
     else:
         model = instantiate(arguments)
-    return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
+    try:
+        return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def check_distiller(choices: Mapping[str, str]) -> None:
@@ -193,6 +213,7 @@ def build(config: Mapping[str, Any]) -> Cell:
     recipe, trainer = config["recipe"], config["trainer"]
     check_distiller(config["choices"])
     data = build_data(config)
+    data.views = config["teacher_cache"]["views"]
     task = build_task(config, data)
     torch.manual_seed(config["seed"])
     student = build_student(config["student"], data.num_classes)
@@ -200,7 +221,14 @@ def build(config: Mapping[str, Any]) -> Cell:
     try:
         task.student_taps(student)
         context = Context(
-            student, teacher, task, data.num_classes, data.num_samples, recipe["steps"], data.batches_per_epoch
+            student,
+            teacher,
+            task,
+            data.num_classes,
+            data.num_samples,
+            recipe["steps"],
+            data.batches_per_epoch,
+            data.batch_shape(),
         )
         # Seeded anew: a projector's initial weights must not depend on which networks were built before it.
         torch.manual_seed(config["seed"] + 1)
@@ -224,6 +252,9 @@ def build(config: Mapping[str, Any]) -> Cell:
             accumulate=recipe["accumulate"],
             seed=config["seed"],
         )
+        cache = prepare(config, data, task, teacher, distiller)
+        if cache is not None:
+            module.teacher = cache.serve(data)
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
-    return Cell(data, task, student, teacher, distiller, module)
+    return Cell(data, task, student, teacher, distiller, module, cache)

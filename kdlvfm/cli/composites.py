@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several distillers in one run: `distiller=kd+cwd` and what it is short for."""
+"""Distillers made of others: `distiller=kd+cwd`, `distiller=data_free:kd@pool`, and what these are short for."""
 
 from __future__ import annotations
 
@@ -9,27 +9,36 @@ from typing import Any
 from kdlvfm.cli import CommandError
 
 PART = "distiller@distiller.parts."
+SYNTHESIZER = "synthesizer@distiller.synthesizer"
 _PLAIN = "compose"
+_DATA_FREE = "data_free"
 
 Defaults = Callable[[str], Mapping[str, str]]
 """Name of a distiller's YAML file -> the parts that it names itself, part -> method; none if it takes none."""
 
 
 def names_in(choice: str) -> list[str]:
-    """What a choice is made of: `kd` of kd, `kd+cwd` of compose, kd and cwd, `sckd:kd+cwd` of sckd, kd and cwd."""
-    wrapper, colon, parts = choice.rpartition(":")
+    """The distillers in a choice: `kd` of kd, `kd+cwd` of compose, kd and cwd, `sckd:kd+cwd` of sckd, kd and cwd."""
+    wrapper, colon, parts = choice.partition("@")[0].rpartition(":")
     if colon:
         return [wrapper, *parts.split("+")]
-    return [_PLAIN, *parts.split("+")] if "+" in parts else [choice]
+    return [_PLAIN, *parts.split("+")] if "+" in parts else [parts]
+
+
+def synthesizer_in(choice: str) -> str | None:
+    """The synthesiser in a choice: `pool` of `data_free:kd@pool`."""
+    return choice.partition("@")[2] if "@" in choice else None
 
 
 def check_composite(choice: str, defaults: Defaults) -> None:
     """Raise for a choice whose names exist and do not fit together.
 
     Raises:
-        CommandError: the wrapper takes no parts, or two parts have one name.
+        CommandError: the wrapper takes no parts, or no synthesiser, or two parts have one name.
     """
     wrapper, *parts = names_in(choice)
+    if synthesizer_in(choice) is not None:
+        _check_synthesizer(choice, wrapper)
     if parts and not defaults(wrapper):
         raise CommandError(f"{choice}: {wrapper} takes no parts; write sckd:kd+cwd, or kd+cwd for a weighted sum.")
     twice = sorted({part for part in parts if parts.count(part) > 1})
@@ -40,11 +49,20 @@ def check_composite(choice: str, defaults: Defaults) -> None:
         )
 
 
+def _check_synthesizer(what: str, wrapper: str) -> None:
+    if wrapper != _DATA_FREE:
+        raise CommandError(
+            f"{what}: {wrapper} learns from the images of the data; write distiller={_DATA_FREE}:kd synthesizer=pool."
+        )
+
+
 def expanded(overrides: Sequence[str], defaults: Defaults) -> list[str]:
     """The overrides with `distiller=kd+cwd` written out, and with parts that are named in the place of the YAML file's.
 
+    `synthesizer=pool` is written out too.
+
     Raises:
-        CommandError: parts are named for a distiller that takes none.
+        CommandError: parts, or a synthesiser, are named for a distiller that takes none.
     """
     wrapper = None
     written = []
@@ -55,6 +73,13 @@ def expanded(overrides: Sequence[str], defaults: Defaults) -> list[str]:
         else:
             wrapper, *parts = names_in(choice)
             written += [f"distiller={wrapper}", *(f"{PART}{part}={part}" for part in parts)]
+            if (synthesizer := synthesizer_in(choice)) is not None:
+                written.append(f"{SYNTHESIZER}={synthesizer}")
+    for place, override in enumerate(written):
+        if override.startswith("synthesizer="):
+            if wrapper is not None:
+                _check_synthesizer(override, wrapper)
+            written[place] = override.replace("synthesizer", SYNTHESIZER, 1)
     own = {} if wrapper is None else defaults(wrapper)
     named = [_part(override) for override in written if override.startswith(PART)]
     if named and wrapper is not None and not own:
@@ -73,7 +98,9 @@ def in_order(parts: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     return {part: parts[part] for part in sorted(parts, key=lambda part: named.index(part) if part in named else -1)}
 
 
-def name_of(wrapper: str, methods: Sequence[str]) -> str:
+def name_of(wrapper: str, methods: Sequence[str], synthesizer: str | None = None) -> str:
     """The name of a method in run folders and tables: the shortest choice that makes it of these parts."""
     joined = "+".join(methods)
-    return joined if wrapper == _PLAIN and len(methods) > 1 else f"{wrapper}:{joined}"
+    if wrapper == _PLAIN and len(methods) > 1:
+        return joined
+    return f"{wrapper}:{joined}" + ("" if synthesizer is None else f"@{synthesizer}")

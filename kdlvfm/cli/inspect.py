@@ -66,16 +66,19 @@ def run(arguments: Sequence[str]) -> int:
             table.add_row(tap, str(info.dim), "–" if info.stride is None else str(info.stride))
         console.print(table)
     if teacher is not None:
+        found = pairs(student.taps(), teacher.taps())
+        if not found:
+            print("next  kdlvfm list distiller    (these networks have no maps to pair)")
+            return 0
         console.print("[bold]pairs by stride[/]")
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("student_tap", "teacher_tap", "strides", "channels"):
             table.add_column(column, style="cyan" if "tap" in column else "")
-        for one, other in pairs(student.taps(), teacher.taps()):
+        for one, other in found:
             a, b = student.tap_info(one), teacher.tap_info(other)
             table.add_row(one, other, f"{a.stride} : {b.stride}", f"{a.dim} : {b.dim}")
         console.print(table)
-        maps = [pair for pair in pairs(student.taps(), teacher.taps()) if pair[0].startswith("map.")]
-        example = maps[-1]
+        example = ([pair for pair in found if pair[0].startswith("map.")] or found)[-1]
         print(
             f"next  kdlvfm train {' '.join(arguments)} distiller=fitnet "
             f"distiller.student_tap={example[0]} distiller.teacher_tap={example[1]}"
@@ -109,6 +112,8 @@ def pairs(student: Mapping[str, TapInfo], teacher: Mapping[str, TapInfo]) -> lis
         for tap, info in _maps(student, kind).items():
             for taps in members.values():
                 maps = _maps(taps, kind) or _maps(taps, "map.")
+                if not maps:
+                    continue  # a classifier of images, say
                 nearest = min(reversed(maps.items()), key=lambda item: abs(_log_ratio(info.stride, item[1].stride)))
                 found.append((tap, nearest[0]))
     return found

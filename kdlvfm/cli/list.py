@@ -14,6 +14,7 @@ _SHOWN = {
     "teacher": ("title", "licence", "paper"),
     "student": ("title", "licence"),
     "distiller": ("title", "trains", "tasks", "paper"),
+    "synthesizer": ("title", "paper"),
     "data": ("title", "licence", "paper"),
     "recipe": ("title",),
     "experiment": ("title",),
@@ -26,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         prog="kdlvfm list", description="Names for `kdlvfm train`, with the licence of the weights or data, and papers."
     )
     parser.add_argument("group", nargs="?", choices=tuple(_SHOWN), help="show this group only")
-    parser.add_argument("--task", help="distillers for this task only, segmentation or detection")
+    parser.add_argument("--task", help="distillers for this task only: segmentation, detection or diffusion")
     parser.add_argument("--names", action="store_true", help="names alone, comma-separated, as -m takes them")
     chosen = parser.parse_args(arguments)
     group, task = chosen.group, chosen.task
@@ -61,12 +62,12 @@ def _names(group: str, task: str | None) -> list[str]:
 
 
 def _cell(column: str, value: Any) -> str:
-    """A value as shown; of a paper, who and when."""
+    """A value as shown; of papers, who and when."""
     if isinstance(value, list):
         return ", ".join(value)
-    if column == "paper" and value and value.count(",") > 1:
-        authors, *_, year = str(value).split(",")
-        return f"{authors},{year}"
+    if column == "paper" and value:
+        cited = [paper.split(",") for paper in str(value).split("; ")]
+        return "; ".join(",".join([parts[0], parts[-1]] if len(parts) > 2 else parts) for parts in cited)
     return str(value or "–")
 
 

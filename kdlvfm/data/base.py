@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdlvfm.core.distributed import world_size
@@ -28,11 +30,24 @@ class KeyedDataset(Protocol):
     def __getitem__(self, key: SampleKey, /) -> Batch: ...
 
 
+class Companion(Protocol):
+    """What else a training sample comes with, such as stored features of its image."""
+
+    def __call__(self, key: SampleKey, image: Tensor) -> dict[str, Tensor]:
+        """Tensors of one shape for all samples, by name.
+
+        Args:
+            key: the sample.
+            image: float (3, H, W) in [0, 1], augmented.
+        """
+
+
 class SampleData(LightningDataModule, ABC):
     """Loaders of a data set. A subclass names the classes and says what a sample is.
 
     Training is one epoch of `steps` batches. Which samples a batch holds, and how they are augmented, depends on the
-    seed and on the batch's number alone: not on workers, nor on where a run was interrupted.
+    seed and on the batch's number alone: not on workers, nor on where a run was interrupted. With `views` augmentation
+    repeats: pass p over the samples shows them as pass p mod `views` did.
 
     Args:
         batch_size: samples in a training batch, over all processes.
@@ -48,6 +63,9 @@ class SampleData(LightningDataModule, ABC):
         palette: a colour (red, green, blue), each 0..255, for each class.
         licence: licence or terms of use of the data; `None` if unknown.
         splits: the splits that exist, out of train, val and test.
+        augmentation: what changes training samples at random; `None` leaves them alone.
+        views: in how many ways each training sample is augmented; `None` for a new way on every pass.
+        companion: what training batches hold besides, under `"companion"`; `None` for nothing.
         start_step: first training batch that `train_dataloader` yields; the trainer sets it before it resumes a run.
             The loader's length stays `steps` all the same, because Lightning counts on from the batch it resumes at.
 
@@ -61,6 +79,7 @@ class SampleData(LightningDataModule, ABC):
     palette: tuple[tuple[int, int, int], ...]
     licence: str | None
     splits: tuple[str, ...] = ("train", "val", "test")
+    augmentation: Callable[..., Any] | None = None
     collate: Callable[[list[Batch]], Batch] = staticmethod(default_collate)
 
     def __init__(
@@ -75,6 +94,8 @@ class SampleData(LightningDataModule, ABC):
         self.seed = seed
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.views: int | None = None
+        self.companion: Companion | None = None
         self.start_step = 0
 
     @property
@@ -121,6 +142,16 @@ class SampleData(LightningDataModule, ABC):
         image = self.collate([self.evaluation_set(self.splits[-1])[0]])["image"]
         return int(image.shape[-2]), int(image.shape[-1])
 
+    def batch_shape(self) -> tuple[int, int, int]:
+        """Samples in a training batch, and height and width in pixels of the first, as a network sees it."""
+        image = self.collate([self.training_set()[SampleKey(0, 0)]])["image"]
+        return self.batch_size, int(image.shape[-2]), int(image.shape[-1])
+
+    @property
+    def distinct_views(self) -> int | None:
+        """`views`, or 1 if there is no augmentation, so that all views are alike."""
+        return 1 if self.augmentation is None else self.views
+
     def sampler(self) -> StepSampler:
         """Which samples make which training batch."""
         return StepSampler(
@@ -129,14 +160,22 @@ class SampleData(LightningDataModule, ABC):
             steps=self.steps,
             seed=self.seed,
             start=self.start_step,
+            views=self.distinct_views,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches `start_step` to `steps` - 1, with length `steps`."""
+        return self.loader(self.sampler(), self.companion)
+
+    def loader(self, batches: Iterable[list[SampleKey]], companion: Companion | None = None) -> DataLoader[Batch]:
+        """Training samples in the batches that their keys make up."""
+        samples, collate = self.training_set(), self.collate
+        if companion is not None:
+            samples, collate = _Accompanied(samples, companion), functools.partial(_collate_both, collate)
         return DataLoader(
-            self.training_set(),  # type: ignore[arg-type]  # torch does not say that keys may be of any type
-            batch_sampler=self.sampler(),
-            collate_fn=self.collate,
+            samples,  # type: ignore[arg-type]  # torch does not say that keys may be of any type
+            batch_sampler=batches,
+            collate_fn=collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else making an iterator draws from the global one
@@ -161,6 +200,23 @@ class SampleData(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+class _Accompanied:
+    """Training samples, each with its companion."""
+
+    def __init__(self, samples: KeyedDataset, companion: Companion) -> None:
+        self._samples = samples
+        self._companion = companion
+
+    def __getitem__(self, key: SampleKey) -> Batch:
+        sample = self._samples[key]
+        return {**sample, "companion": self._companion(key, sample["image"])}
+
+
+def _collate_both(collate: Callable[[list[Batch]], Batch], samples: list[Batch]) -> Batch:
+    companions = [sample.pop("companion") for sample in samples]
+    return {**collate(samples), "companion": default_collate(companions)}
 
 
 @contextmanager

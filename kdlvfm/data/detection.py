@@ -52,6 +52,7 @@ class DetectionData(SampleData):
     """
 
     truth = "boxes"
+    augmentation: BoxAugmentation | None
 
     def __init__(
         self, *, resize: Sequence[int] | None = None, augmentation: BoxAugmentation | None = None, **loading: Any

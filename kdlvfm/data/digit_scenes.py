@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdlvfm.data.base import DataError
+from kdlvfm.data.digits import Digits, digits_of
 from kdlvfm.data.segmentation import UNLABELLED, Samples, SegmentationData
 
 Floats: TypeAlias = NDArray[np.float32]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_GLYPHS = {"train": (0, 1197), "val": (1197, 1397), "test": (1397, 1797)}
 _COLUMNS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 _UNLABELLED_FROM = 10**6  # labelled, unlabelled and streamed scenes never share an index
-_STREAM_FROM = 10**9
-_SPLIT_SEED = 1797  # the split of the digits never changes, whatever the seed of a run
+STREAM_FROM = 10**9
 
 
 @dataclass(frozen=True)
@@ -144,18 +143,16 @@ class SceneGenerator:
 @functools.cache
 def _material(split: Split) -> tuple[Floats, NDArray[np.int64], tuple[Floats, ...]]:
     """Glyphs (n, 10, 10) with a border of zeros, their digits (n,), and the split's part of each photograph."""
-    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.datasets import load_sample_images
 
-    bundle = load_digits()
-    first, last = _GLYPHS[split]
-    chosen = np.random.default_rng(_SPLIT_SEED).permutation(len(bundle.images))[first:last]
-    glyphs = np.pad(bundle.images[chosen].astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
+    digits, labels = digits_of(split)
+    glyphs = np.pad(digits, ((0, 0), (1, 1), (1, 1)))
     begin, end = _COLUMNS[split]
     photographs = tuple(
         (photograph[:, int(begin * photograph.shape[1]) : int(end * photograph.shape[1])] / 255).astype(np.float32)
         for photograph in load_sample_images().images
     )
-    return glyphs, bundle.target[chosen].astype(np.int64), photographs
+    return glyphs, labels, photographs
 
 
 def _bilinear(glyph: Floats, y: Floats, x: Floats) -> Floats:
@@ -198,20 +195,8 @@ class DigitScenes(SegmentationData):
     """
 
     name = "DigitScenes"
-    class_names = ("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-    palette = (
-        (38, 40, 48),
-        (228, 87, 86),
-        (245, 133, 24),
-        (242, 207, 91),
-        (137, 197, 84),
-        (56, 148, 89),
-        (66, 189, 185),
-        (76, 132, 214),
-        (136, 102, 201),
-        (214, 112, 178),
-        (176, 137, 104),
-    )
+    class_names = ("background", *Digits.class_names)
+    palette = ((38, 40, 48), *Digits.palette)
     licence = "digits CC-BY-4.0 (UCI), photographs CC-BY-2.0 (as shipped by scikit-learn)"
 
     def __init__(
@@ -247,7 +232,7 @@ class DigitScenes(SegmentationData):
     def samples(self, split: str) -> Samples:
         """Labelled scenes of a split."""
         if split == "train":
-            first, count = (_STREAM_FROM, self.steps * self.batch_size) if self.stream else (0, self.labelled)
+            first, count = (STREAM_FROM, self.steps * self.batch_size) if self.stream else (0, self.labelled)
             return self._scenes("train", first, count)
         if split == "val":
             return self._scenes("val", 0, self.val)

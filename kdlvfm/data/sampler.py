@@ -16,9 +16,13 @@ from kdlvfm.core.distributed import world_size
 
 
 class SampleKey(NamedTuple):
-    """One draw from the training set: the pass it belongs to, and the index of the sample."""
+    """One draw from the training set: which view of a sample, and the index of the sample.
 
-    epoch: int
+    A view is one outcome of the augmentation, a pure function of (seed, view, sample). Usually every pass over the
+    samples has a view of its own, numbered as the pass is; where there are only K views, pass p has view p mod K.
+    """
+
+    view: int
     sample: int
 
 
@@ -29,7 +33,10 @@ def mix_seed(*parts: int | str) -> int:
 
 
 class Shuffle:
-    """The numbers 0..size-1 without end, in a new order on each pass; position p is a pure function of (seed, p)."""
+    """The numbers 0..size-1 without end, in a new order on each pass; position p is a pure function of (seed, p).
+
+    The view of what it yields is the number of the pass.
+    """
 
     def __init__(self, size: int, *seed: int | str) -> None:
         self._size = size
@@ -60,6 +67,7 @@ class StepSampler(Sampler[list[SampleKey]]):
             from the step at which it resumes.
         seed: seed of the order.
         start: first batch to yield; iteration gives `steps - start` batches.
+        views: views of each sample, which its passes take in turns; `None` for a new view on every pass.
     """
 
     def __init__(
@@ -72,12 +80,14 @@ class StepSampler(Sampler[list[SampleKey]]):
         steps: int,
         seed: int,
         start: int = 0,
+        views: int | None = None,
     ) -> None:
         self._parts = [(Shuffle(num_labelled, "labelled", seed), labelled, 0)]
         if unlabelled:
             self._parts.append((Shuffle(num_unlabelled, "unlabelled", seed), unlabelled, num_labelled))
         self._steps = steps
         self._start = start
+        self._views = views
 
     def __len__(self) -> int:
         return self._steps
@@ -98,5 +108,6 @@ class StepSampler(Sampler[list[SampleKey]]):
                 first = step * count + rank * share
                 for position in range(first, first + share):
                     key = shuffle[position]
-                    batch.append(SampleKey(key.epoch, offset + key.sample))
+                    view = key.view if self._views is None else key.view % self._views
+                    batch.append(SampleKey(view, offset + key.sample))
             yield batch

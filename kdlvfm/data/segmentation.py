@@ -46,6 +46,7 @@ class SegmentationData(SampleData):
     """
 
     truth = "masks"
+    augmentation: Augmentation | None
 
     def __init__(
         self, *, augmentation: Augmentation | None = None, labelled_per_batch: int | None = None, **loading: Any
@@ -144,6 +145,7 @@ class SegmentationData(SampleData):
             steps=self.steps,
             seed=self.seed,
             start=self.start_step,
+            views=self.distinct_views,
         )
 
     def training_set(self) -> KeyedDataset:

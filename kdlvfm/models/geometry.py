@@ -24,7 +24,9 @@ def fit_to_multiple(images: Tensor, multiple: int, fit: Fit) -> Tensor:
     """
     height, width = images.shape[-2:]
     if fit == "pad":
-        return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+        # The same as `-width % multiple`, over whose sign torch.export ponders half as long again.
+        right, bottom = ((side + multiple - 1) // multiple * multiple - side for side in (width, height))
+        return F.pad(images, (0, right, 0, bottom))
     nearest = [max(multiple, (side + multiple // 2) // multiple * multiple) for side in (height, width)]
     return resize_map(images, nearest)
 

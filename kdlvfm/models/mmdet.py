@@ -23,8 +23,9 @@ from kdlvfm.models.feature_pyramid import fit_neck
 from kdlvfm.models.freezing import freeze_encoder
 from kdlvfm.models.geometry import fit_to_multiple
 from kdlvfm.models.mmcv_ops import provide_operators
-from kdlvfm.models.mmdet_build import build_detector, nothing_frozen, statistics
+from kdlvfm.models.mmdet_build import build_detector, nothing_frozen, quiet, statistics
 from kdlvfm.models.mmdet_config import merge, read_model_config
+from kdlvfm.models.mmdet_decoder import DenseDecoder
 from kdlvfm.models.mmdet_head import OUTPUTS, DenseHead, is_dense
 from kdlvfm.models.weights import read_weights, sha256_of, wrong_architecture
 
@@ -126,7 +127,7 @@ class MMDetModel(Adapter):
 
         def run(module: nn.Module, *inputs: Any) -> Any:
             outline = copy.deepcopy(module, {id(x): x.to(device) for x in chain(module.parameters(), module.buffers())})
-            with torch.no_grad():
+            with torch.no_grad(), quiet():
                 return outline(*inputs)
 
         if self.encoder is None:
@@ -171,18 +172,29 @@ class MMDetModel(Adapter):
         found: dict[str, Tensor] = {}
         if self.encoder is None:
             x = self.normalise(padded)
-            maps = self.net.backbone(x.flip(1) if self._bgr else x)
+            with quiet():
+                maps = self.net.backbone(x.flip(1) if self._bgr else x)
             found.update({f"map.{i}": x for i, x in enumerate(maps)})
         else:
             wanted = (taps & encoded) | (set(self._maps) if to_neck else set())
             found.update(self.encoder(padded, wanted))
             maps = tuple(found[tap] for tap in self._maps if to_neck)
         if to_neck:
-            levels = self.net.neck(maps) if self.net.with_neck else maps
+            levels = self._levels(maps)
             found.update({f"fpn.{i}": x for i, x in enumerate(levels)})
             if self._head is not None and (complete or beyond - {"fpn"}):
                 found.update(self._head(levels, middle=not beyond.isdisjoint(self._head.middles)))
         return found
+
+    def _levels(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.net.with_neck:
+            return maps
+        # Of a convolution that moves by two over a map one pixel wide, as the last levels of a small image are, torch
+        # on a CPU leaves a part of the weights' gradient unset in bfloat16 (2.15).
+        on_cpu = maps[0].device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+            levels: tuple[Tensor, ...] = self.net.neck(tuple(map(promote, maps)) if on_cpu else maps)
+        return levels
 
     def apply_head(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
         """The `task_taps` that the head makes of the levels of any pyramid, see `FeatureModel.apply_head`."""
@@ -255,6 +267,14 @@ class MMDetModel(Adapter):
             raise TapError(f"the head of {self.card.name} does not work position by position: it cannot be entered.")
         return self._head.tails(index)
 
+    def box_decoder(self) -> DenseDecoder:
+        """See `kdlvfm.core.detector.DenseDetector`.
+
+        Raises:
+            ValueError: the head has no outputs at every position, or decodes them in a way of its own.
+        """
+        return DenseDecoder(self.net, self.card.name, self.task_taps)
+
     @contextmanager
     def _answering(self, features: Features) -> Iterator[None]:
         """Within the context, mmdet's detector gives features that were computed already instead of running again."""
@@ -269,7 +289,7 @@ class MMDetModel(Adapter):
         # Nothing but losses, or the decoding of boxes, is left for a dense head to compute: that in full precision.
         kind = features[self.task_taps[0]].device.type
         try:
-            with torch.autocast(kind, enabled=False) if head is not None else nullcontext():
+            with quiet(), torch.autocast(kind, enabled=False) if head is not None else nullcontext():
                 yield
         finally:
             del self.net.extract_feat

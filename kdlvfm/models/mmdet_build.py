@@ -49,7 +49,7 @@ def build_detector(settings: dict[str, Any], num_classes: int) -> Any:
         _check_and_set(head, num_classes)
     if not heads:
         raise ConfigError(f"{settings.get('type')} is no detector of boxes: it has neither bbox_head nor roi_head.")
-    with _quiet(), _silent_log():
+    with quiet(), _silent_log():
         try:
             net = MODELS.build(ConfigDict(settings))
         except (KeyError, TypeError, AssertionError) as error:
@@ -65,7 +65,7 @@ def _import_mmdet() -> None:
     if find_spec("mmdet") is None or find_spec("mmcv") is None:
         raise ModuleNotFoundError("detectors need mmdet: pip install 'kdlvfm[mmdet]'", name="mmdet")
     try:
-        with _quiet():
+        with quiet():
             provide_operators()
             import mmdet.models  # noqa: F401  it registers the networks
     except AssertionError as error:  # mmdet's check of the versions of mmcv and mmengine
@@ -123,10 +123,11 @@ def _check_operators(net: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to itself what mmdet has to say of its own use of deprecated names."""
+def quiet() -> Iterator[None]:
+    """Keep to itself what there is to say of mmdet's own ways of calling torch, which no user can change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"mm(cv|det|engine)\b")
+        warnings.filterwarnings("ignore", "torch.meshgrid")
         yield
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import Self
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model")
 
@@ -69,35 +70,58 @@ def _probe(url: str) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file, or in a `torch.save` file that holds nothing but weights.
+    """The state dict in a safetensors file, or in a file of `torch.save`, such as a checkpoint of a training.
 
-    The usual wrappings are taken off: a `state_dict` or `model` entry, and the prefix of DistributedDataParallel.
+    The usual wrappings are taken off: a `state_dict` or `model` entry, and the prefix of DistributedDataParallel. What
+    else there is beside the weights is passed over, and nothing of it can execute.
 
     Raises:
         WeightsError: there is no such file, it cannot be read as weights only, or it holds no state dict.
     """
     path = Path(path)
     content: Any
+    strange = (
+        f"checkpoint {path} is not a file of weights only: what it holds is not opened, since it could run code. Where "
+        "you trust it, save its state_dict() alone, with torch.save or as safetensors."
+    )
+    others: list[str] = []
     if not path.is_file():
         raise WeightsError(f"checkpoint {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            others = _other_classes(path)
+            with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise WeightsError(
-            f"checkpoint {path} is not a file of weights only (torch.load(weights_only=True) refuses it); it is not "
-            "opened, since it could run code. Convert it to safetensors where you trust it."
-        ) from None
+        raise WeightsError(strange) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise WeightsError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"checkpoint {path} holds no state dict (names to tensors).")
+        raise WeightsError(strange if others else f"checkpoint {path} holds no state dict (names to tensors).")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _other_classes(path: Path) -> list[str]:
+    """What a file names that is neither tensor nor plain value, such as the classes of the log of a training."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # it is of a torch before 1.6, or not of torch at all
+        return []
+
+
+class _Inert:
+    """Stands in for whatever a file names beside its weights: any object can be made, and it is always an empty one."""
+
+    def __new__(cls, *_: Any) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def sha256_of(path: str | Path) -> str:

@@ -93,6 +93,21 @@ class Segmentation(Task):
         """Fresh metrics of predictions (B, H, W) against masks (B, H, W)."""
         return SegmentationMetrics(self.class_names)
 
+    def per_image(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Labelled pixels of each image by class, int64 (B, K): of the `truth`, as `predicted`, and both, `hits`."""
+        labelled = (target != VOID) & (target != UNLABELLED)
+        size = len(target) * self.num_classes
+        first = torch.arange(0, size, self.num_classes, device=target.device).reshape(-1, 1, 1)
+
+        def count(classes: Tensor, where: Tensor) -> Tensor:
+            return torch.bincount((classes + first)[where], minlength=size).reshape(len(target), -1)
+
+        return {
+            "truth": count(target, labelled),
+            "predicted": count(predictions, labelled),
+            "hits": count(target, labelled & (predictions == target)),
+        }
+
 
 class SegmentationMetrics(Metric):
     """Intersection over union by class and on average, and pixel accuracy, all as fractions over the whole data set.

@@ -111,10 +111,12 @@ class BestStudent(Callback):
 
     Args:
         metric: name of the logged metric to maximise.
+        distance: minimise it instead.
     """
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, *, distance: bool = False) -> None:
         self._metric = metric
+        self._sign = -1 if distance else 1
         self.best: float | None = None
         self.step: int | None = None
         self.weights: dict[str, Tensor] = {}
@@ -124,7 +126,7 @@ class BestStudent(Callback):
         if trainer.sanity_checking or not isinstance(pl_module, DistillationModule):
             return
         value = float(trainer.callback_metrics[self._metric])
-        if math.isfinite(value) and (self.best is None or value > self.best):
+        if math.isfinite(value) and (self.best is None or self._sign * (value - self.best) > 0):
             self.best, self.step = value, pl_module.completed
             self.weights = {name: x.detach().cpu().clone() for name, x in pl_module.student.state_dict().items()}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs: time, throughput, memory and the teacher's share."""
+"""What a run costs: time, throughput, memory, and how much of the teacher."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from kdlvfm.core.distributed import world_size
+from kdlvfm.training.cache.served import CachedTeacher
 from kdlvfm.training.module import DistillationModule
 
 
 class CostMeter(Callback):
-    """Measures seconds, throughput, peak memory and the teacher's share of a step.
+    """Measures seconds, throughput, peak memory and the teacher's share of a step; counts what the teacher is shown.
 
     On a GPU, where work is asynchronous, only every `every`-th step is timed, between synchronisations. The first three
     steps after a start are left out: they pay for allocation and algorithm choice.
@@ -38,6 +40,7 @@ class CostMeter(Callback):
         self.images = 0
         self.step_seconds = 0.0
         self.teacher_seconds = 0.0
+        self.teacher_images = 0
         self._earlier = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,7 +65,9 @@ class CostMeter(Callback):
             self._teacher_began = self._now()
 
     def _after_teacher(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        del module, inputs, output
+        del output
+        if not isinstance(module, CachedTeacher):
+            self.teacher_images += len(inputs[0]) * world_size()
         if self._timing:
             self.teacher_seconds += self._now() - self._teacher_began
 
@@ -90,7 +95,7 @@ class CostMeter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Totals so far, which a resumed run adds to."""
-        names = ("seconds", "images", "step_seconds", "teacher_seconds")
+        names = ("seconds", "images", "step_seconds", "teacher_seconds", "teacher_images")
         return {name: self.__dict__[name] for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,4 +114,5 @@ class CostMeter(Callback):
             "images_per_second": self.images / self.step_seconds if timed else None,
             "peak_memory_mib": memory,
             "teacher_share": self.teacher_seconds / self.step_seconds if timed else None,
+            "teacher_images": self.teacher_images,
         }

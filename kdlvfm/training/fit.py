@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ def fit(
     metric = f"val/{module.task.primary_metric}"
     curve, cost = CurveRecorder(metric), CostMeter(untimed=diagnostics.due)
     checkpointer = Checkpointer(last, checkpoint_every)
-    keeper = BestStudent(metric) if selection == "best_val" else None
+    distance = module.task.primary_metric in module.task.distances
+    keeper = BestStudent(metric, distance=distance) if selection == "best_val" else None
     callbacks: list[Callback] = [curve, cost, FiniteLoss(), diagnostics, *_progress(progress, module.steps)]
     callbacks += [checkpointer] if keeper is None else [keeper, checkpointer]
     # Lightning's advice and its notes on devices would bury what the run itself has to say.
@@ -232,9 +233,20 @@ def _strategy(trainer: Mapping[str, Any], module: DistillationModule) -> dict[st
 
 @torch.no_grad()
 def evaluate(
-    model: FeatureModel | Teacher, loader: Iterable[Any], task: Task, device: torch.device | str = "cpu"
+    model: FeatureModel | Teacher,
+    loader: Iterable[Any],
+    task: Task,
+    device: torch.device | str = "cpu",
+    each: Callable[[Tensor, dict[str, Tensor] | None], None] | None = None,
 ) -> dict[str, Any]:
     """The task's metrics of a model over a loader.
+
+    Args:
+        model: the student, or a teacher that solves the task.
+        loader: batches, not augmented.
+        task: unpacks them and measures.
+        device: where to compute.
+        each: is given the index of the samples of each batch and what they add to the metrics, see `Task.per_image`.
 
     Returns:
         Metrics by name; those called `<group>/<class>` are gathered in a dict called `<group>`, where `None` stands for
@@ -245,8 +257,11 @@ def evaluate(
     metrics = task.metrics()
     metrics.to(device)
     for batch in loader:
-        images, target, _ = task.unpack(move_data_to_device(batch, torch.device(device)))
-        metrics.update(predict(model, task, images, target), target)
+        images, target, index = task.unpack(move_data_to_device(batch, torch.device(device)))
+        predictions = predict(model, task, images, target)
+        metrics.update(predictions, target)
+        if each is not None:
+            each(index, task.per_image(predictions, target))
     model.train(training)
     result: dict[str, Any] = {}
     for name, value in metrics.compute().items():

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from kdlvfm.core import Distiller, FeatureModel, Step, Task, Teacher, Update
+from kdlvfm.training.cache.served import CachedTeacher
 from kdlvfm.training.optimizers import Plans
 
 
@@ -30,7 +31,8 @@ class DistillationModule(LightningModule):
         plans: optimizer, schedule and clipping of each parameter group.
         steps: batches of the whole run.
         batches_per_epoch: batches in one pass over the training set; `Step.epoch` is counted in these.
-        teacher: the frozen network, if the distiller taps one.
+        teacher: the frozen network, if the distiller taps one; or a `CachedTeacher`, with data whose batches bring the
+            stored features.
         accumulate: updates of a group whose gradients are averaged into one optimizer step; usually one for each batch.
         seed: of dropout and everything else that draws random numbers in a step.
 
@@ -94,6 +96,8 @@ class DistillationModule(LightningModule):
         """Every update that the distiller yields for this batch."""
         torch.manual_seed(step_seed(self._seed, self.global_rank, batch_idx))
         images, target, index = self.task.unpack(batch)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.hold(images, batch["companion"])
         epoch, position = divmod(batch_idx, self._batches_per_epoch)
         progress = batch_idx / self.steps
         step = Step(images, target, index, epoch, position, self.student, self.teacher, self.task, progress, batch_idx)

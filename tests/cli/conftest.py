@@ -26,6 +26,7 @@ SMALL = (
     "run.num_workers=0",
     "run.checkpoint_every=2",
     "run.progress=line",
+    "run.inference_seconds=null",
     "logger=none",
 )
 STUDENT = ("student=timm_linear", "student.encoder.name=test_resnet", "student.encoder.pretrained=false")
@@ -153,3 +154,44 @@ def head(tmp_path_factory):
         main(["train", *SMALL, *encoder, "student.freeze=true", "distiller=none", f"out={folder}"])
     assert not ended.value.code
     return folder
+
+
+@pytest.fixture(scope="session")
+def gfl_pair(tmp_path_factory):
+    """Overrides: a small ResNet with GFL, its encoder's weights from a file, so frozen in part, and a teacher for it.
+
+    The student's scores are high from the start: GFL divides by their sum where objects are, and by 1 where it is less.
+    """
+    import timm
+    import torch
+
+    from kdlvfm.models.mmdet import MMDetModel
+
+    folder = tmp_path_factory.mktemp("gfl")
+    head = {"in_channels": 64, "feat_channels": 64, "stacked_convs": 2}
+    sure = {"type": "Normal", "name": "gfl_cls", "std": 0.01, "bias_prob": 0.5}
+    narrow = {"neck": {"out_channels": 64}, "bbox_head": head}
+    high = {**head, "init_cfg": {"type": "Normal", "layer": "Conv2d", "std": 0.01, "override": sure}}
+    wide = {"in_channels": [64, 128, 256, 512], "out_channels": 64}
+    teacher = {"backbone": {"depth": 18}, "neck": wide, "bbox_head": head}
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), folder / "encoder.pt")
+    torch.save(MMDetModel("gfl_r50_fpn_1x_coco", 10, changes=teacher).net.state_dict(), folder / "teacher.pt")
+    return (
+        "student=resnet18_gfl",
+        "student.encoder.name=test_resnet",
+        f"student.encoder.checkpoint={folder / 'encoder.pt'}",
+        f"student.changes={_written({**narrow, 'bbox_head': high})}",
+        "teacher=mmdet",
+        "teacher.config=gfl_r50_fpn_1x_coco",
+        f"teacher.checkpoint={folder / 'teacher.pt'}",
+        "teacher.num_classes=10",
+        f"teacher.changes={_written(teacher)}",
+    )
+
+
+def _written(value):
+    """A value as an override has it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+    return str(value)

@@ -196,6 +196,7 @@ def test_a_misspelt_argument_of_the_method(refused, head):
         ("run.threads=all", "run.threads must be"),
         ("run.num_workers=-1", "run.num_workers must be"),
         ("run.progress=dots", "run.progress must be"),
+        ("run.inference_seconds=0", "run.inference_seconds must be a whole number from 1"),
         ("seed=abc", "seed must be"),
         ("distiller", "write key=value"),
         ("distiller=none,kd", "--multirun"),

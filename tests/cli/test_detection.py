@@ -26,6 +26,7 @@ RECIPE = (
     "run.num_workers=0",
     "run.checkpoint_every=2",
     "run.progress=line",
+    "run.inference_seconds=null",
     "logger=none",
 )
 STUDENT = ("student=resnet18_gfl", "student.encoder.name=test_resnet", "student.encoder.pretrained=false")
@@ -49,7 +50,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_a_record_with_average_precision(finished):
     record = json.loads((finished / "record.json").read_text())
     assert record["status"] == "finished"
-    assert record["task"] == {"name": "detection", "primary_metric": "mAP"}
+    assert record["task"] == {"name": "detection", "primary_metric": "mAP", "distances": []}
+    assert record["per_image"] is None
     assert record["data"]["classes"] == list("0123456789")
     assert record["data"]["counts"] == {"train": 8, "val": 3, "test": 3}
     assert record["student"]["input_size"] == [64, 64]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 
 import pytest
 
@@ -37,6 +38,15 @@ def test_the_training_split_can_be_measured_and_has_no_record(kdlvfm, head):
     assert "in the record" not in ended.out
 
 
+def test_the_student_can_be_timed_instead(kdlvfm, head):
+    ended = kdlvfm("evaluate", head, "--time", "0.5", "--device", "cpu")
+    assert ended.code == 0, ended.err
+    assert "images of 64x64 pixels (height x width), float32" in ended.out
+    assert re.search(r"now +cpu, threads \d+; one image \d+\.\d ms \(median of \d+\)", ended.out)
+    assert "miou" not in ended.out
+    assert "record  " not in ended.out
+
+
 def test_evaluating_changes_nothing(kdlvfm, head):
     before = {path: path.stat().st_mtime_ns for path in head.rglob("*")}
     kdlvfm("evaluate", head)
@@ -47,6 +57,7 @@ def test_evaluating_changes_nothing(kdlvfm, head):
     ("arguments", "message"),
     [
         (["--split", "holdout"], "no split 'holdout'; it has train, val, test"),
+        (["--time", "0"], "--time must be above 0 seconds, not 0."),
         (["--device", "gpu"], "--device gpu cannot be used here"),
         (["--data-root", "elsewhere"], "'root'"),
     ],

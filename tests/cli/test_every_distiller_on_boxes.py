@@ -30,10 +30,11 @@ FEW = (
     "data.test=1",
     "recipe=short_detection",
     "recipe.steps=2",
-    "recipe.batch_size=2",
+    "recipe.batch_size=3",
     "recipe.warmup_steps=0",
     "run.num_workers=0",
     "run.progress=none",
+    "run.inference_seconds=null",
     "logger=none",
 )
 NARROW = "student.changes={neck:{out_channels:64},bbox_head:{in_channels:64,feat_channels:64,stacked_convs:2}}"
@@ -98,7 +99,6 @@ def test_trains_with_an_encoder_as_teacher(record_of, name):
     assert [tap for tap in taps["student_taps"] if name != "sckd" or tap != "map.-1"] == own
 
 
-@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # mmdet's, in the points of FCOS
 @pytest.mark.parametrize("config", ["retinanet", "fcos", "atss"])
 def test_crosskd_and_kd_with_heads_of_plain_boxes(record_of, teacher_of, config):
     names = {"fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco"}
@@ -111,12 +111,18 @@ def test_crosskd_and_kd_with_heads_of_plain_boxes(record_of, teacher_of, config)
     ("distiller", "words"),
     [
         ("crosskd", "the head of test_vit.r160_in1k cannot be entered half-way"),
-        ("kd", "has no taps 'cls.<i>', which are a detector's"),
-        ("ld", "has no taps 'reg.<i>', which are a detector's"),
+        ("kd", "has no taps 'cls.<i>', which detectors such as GFL have"),
+        ("ld", "has no taps 'reg.<i>', which detectors such as GFL have"),
     ],
 )
 def test_an_encoder_cannot_teach_what_it_does_not_predict(refused, distiller, words):
     assert words in refused(*VIT, f"distiller={distiller}", base=(*FEW, *STUDENT))
+
+
+def test_a_detector_teaches_at_the_size_of_the_images(refused, teacher_of):
+    error = refused(*teacher_of(), "teacher.input_size=128", "distiller=pkd", base=(*FEW, *STUDENT))
+    assert "input_size is not for a detector such as test_vit" in error
+    assert "leave it null, and let data.resize set the size" in error
 
 
 def test_ld_needs_distributions_on_both_sides(refused, teacher_of):

@@ -47,6 +47,7 @@ def few(tmp_path_factory):
         "recipe.augmentation.crop=[96,128]",
         "run.num_workers=0",
         "run.progress=none",
+        "run.inference_seconds=null",
         "logger=none",
     )
 

@@ -6,8 +6,11 @@ from kdlvfm.cli.config import options
 from kdlvfm.cli.inspect import pairs
 from kdlvfm.core import TapInfo
 
-TEACHERS = [name for name in options("teacher") if name not in ("none", "timm", "from_run", "ensemble", "mmdet")]
-STUDENTS = [name for name in options("student") if name not in ("mmdet", "mmdet_timm", "smp", "timm_linear")]
+# What needs a further word, such as the name of a network or a folder.
+UNSETTLED = ("none", "timm", "from_run", "ensemble", "mmdet", "mmdet_timm", "smp", "timm_linear", "diffusers")
+TEACHERS = [name for name in options("teacher") if name not in UNSETTLED]
+STUDENTS = [name for name in options("student") if name not in UNSETTLED]
+NO_MAPS = ("clip_zeroshot_vitb16", "digit_classifier")
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +18,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("teacher", [name for name in TEACHERS if name != "clip_zeroshot_vitb16"])
+@pytest.mark.parametrize("teacher", [name for name in TEACHERS if name not in NO_MAPS])
 def test_every_teacher_without_weights_or_memory(teacher, kdlvfm, monkeypatch):
     import resource
 
@@ -37,9 +40,15 @@ def test_a_zero_shot_teacher_too(kdlvfm):
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_every_student(student, kdlvfm):
-    ended = kdlvfm("inspect", f"student={student}")
+    ended = kdlvfm("inspect", f"student={student}", *(("data=digits",) if student.startswith("diffusers") else ()))
     assert ended.code == 0, ended.err
-    assert ("logits" in ended.out) != ("fpn.0" in ended.out)
+    assert sum(tap in ended.out for tap in ("logits", "fpn.0", "noise")) == 1
+
+
+def test_a_teacher_without_maps(kdlvfm):
+    ended = kdlvfm("inspect", "teacher=digit_classifier", "student=resnet18_linear")
+    assert ended.code == 0, ended.err
+    assert "no maps to pair" in ended.out
 
 
 def test_several_teachers(kdlvfm):

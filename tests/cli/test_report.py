@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import base64
+import csv
+import hashlib
+import io
 import json
 import re
+import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -79,3 +86,100 @@ def test_bad_calls(arguments, message, kdlvfm, study, tmp_path, monkeypatch):
     assert ended.code == 1
     assert message in ended.err
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("project", "message"),
+    [("a:b", "Invalid project name 'a:b'"), ("team/a?", "Invalid project name 'a?'"), ("team/", "names no project")],
+)
+def test_a_project_that_there_cannot_be(project, message, kdlvfm, study, tmp_path):
+    pytest.importorskip("wandb")
+    ended = kdlvfm("report", study, "--out", tmp_path / "report.html", "--wandb", project)
+    assert ended.code == 1
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_wandb_the_extra_is_named(kdlvfm, study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    ended = kdlvfm("report", study, "--out", tmp_path / "report.html", "--wandb", "mine")
+    assert (ended.code, ended.err) == (
+        1,
+        "kdlvfm report: error: wandb is not installed: pip install 'kdlvfm[wandb]'\n",
+    )
+
+
+@pytest.fixture
+def wandb_home(tmp_path):
+    """An environment in which wandb knows no account and leaves nothing elsewhere."""
+    pytest.importorskip("wandb")
+    places = ("HOME", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
+    return {**dict.fromkeys(places, str(tmp_path)), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
+
+
+def transaction_log(path):
+    """The messages in a `.wandb` file: LevelDB's log format, blocks of 32 KiB with parts of records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, begun = path.read_bytes(), 7, b""
+    while position < len(content):
+        if 2**15 - position % 2**15 < 7:
+            position += 2**15 - position % 2**15
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        begun += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(begun)
+            begun = b""
+
+
+@pytest.mark.slow
+def test_offline_the_table_and_the_page_lie_in_a_folder(shell, wandb_home, study, tmp_path, kdlvfm):
+    page = tmp_path / "report.html"
+    process = shell(
+        "report", study, "--out", page, "--scenes", "0", "--wandb", "team/kd",
+        env={**wandb_home, "WANDB_MODE": "offline"},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert f"wandb sync {folder}" in out
+
+    (file,) = folder.rglob("*.table.json")
+    table = json.loads(file.read_text())
+    lines = kdlvfm("table", study, "--format", "csv").out
+    expected = [*csv.reader(io.StringIO(lines))]
+    assert table["columns"] == expected[0]
+    assert [["" if value is None else str(value) for value in row] for row in table["data"]] == expected[1:]
+
+    (log,) = folder.glob("*.wandb")
+    records = [*transaction_log(log)]
+    (run,) = [record.run for record in records if record.HasField("run")]
+    assert (run.entity, run.project, run.job_type) == ("team", "kd", "report")
+    (artifact,) = [record.artifact for record in records if record.artifact.type == "report"]
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "report.html"
+    assert entry.digest == base64.b64encode(hashlib.md5(page.read_bytes()).digest()).decode()
+
+
+@pytest.mark.slow
+def test_without_an_account_it_is_one_line_and_the_page_is_there(shell, wandb_home, study, tmp_path):
+    page = tmp_path / "report.html"
+    process = shell(
+        "report",
+        study / "none",
+        "--out",
+        page,
+        "--scenes",
+        "0",
+        "--wandb",
+        "kd",
+        env=wandb_home,
+        stdin=subprocess.DEVNULL,
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith("kdlvfm report: error: Weights & Biases: ")
+    assert "Traceback" not in err
+    assert page.exists()

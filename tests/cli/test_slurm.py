@@ -198,6 +198,30 @@ def test_a_cell_of_two_processes(sweep_of, tmp_path):
     assert len(list(tmp_path.rglob("*_log.out"))) == 2
 
 
+def test_a_search_submits_its_trials_as_arrays(shell, small, cluster, tmp_path):
+    pytest.importorskip("optuna")
+    search = (
+        "tune", *small, *SLURM, "distiller=none", "recipe.optimizer.lr=1e-4..1e-2:log",
+        "--trials", "3", "--jobs", "2", "--study", tmp_path / "tune.journal",
+    )  # fmt: skip
+    refused = shell(*search, "launcher.partition=nowhere", env=cluster)
+    _, err = refused.communicate(timeout=600)
+    assert refused.returncode == 1
+    assert err.count("\n") == 1
+    process = shell(*search, env=cluster)
+    out, err = process.communicate(timeout=1500)
+    assert process.returncode == 0, err
+    assert [line.partition(",")[0] for line in out.splitlines() if line.startswith("submitted")] == [
+        "submitted 2 cells",
+        "submitted 1 cell",
+    ]
+    assert "3 done of 3 runs" in out
+    (sweep,) = find([tmp_path])
+    arrays = [job_of(sweep, cell).partition("_")[0] for cell in sweep.cells]
+    assert arrays[0] == arrays[1] != arrays[2]
+    assert {path.parent for path in tmp_path.rglob("record.json")} == {cell.folder for cell in sweep.cells}
+
+
 def test_an_unknown_partition_is_one_line(sweep_of, tmp_path):
     code, _, err = sweep_of("distiller=none", "launcher.partition=nowhere", f"out={tmp_path}")
     assert code == 1

@@ -2,12 +2,14 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 from kdlvfm.cli.config import options
+from kdlvfm.reporting.per_image import read_pixel_counts
 
 
 def record_of(folder):
@@ -25,6 +27,26 @@ def test_logits_of_a_trained_head_are_distilled(distiller, train, head, tmp_path
     assert 0 < record["cost"]["teacher_share"] < 1
     assert record["cost"]["seconds"] >= record["cost"]["train_seconds"]
     assert f"kdlvfm table {tmp_path}" in ended.out
+
+
+def test_the_record_has_the_time_of_an_inference_and_names_what_each_image_adds(train, tmp_path):
+    out = tmp_path / "run"
+    ended = train("distiller=none", "run.inference_seconds=1", f"out={out}")
+    assert ended.code == 0, ended.err
+    record = record_of(out)
+    assert record["inference"]["input_size"] == record["student"]["input_size"] == [64, 64]
+    assert record["inference"]["threads"] == record["hardware"]["threads"]
+    assert record["inference"]["latency_p50"] > 0
+    for split, images in (("val", 4), ("test", 4)):
+        counts = read_pixel_counts(out, record, split)
+        assert counts.index.tolist() == list(range(images))
+        for metric in ("miou", "pixel_accuracy"):
+            assert counts.scorer(metric)(np.ones((1, images)))[0] == pytest.approx(record["metrics"][split][metric])
+    assert f"{out}/record.json, student.safetensors, checkpoints/last.ckpt, per_image.npz" in ended.out
+
+
+def test_nothing_is_timed_where_it_was_not_asked_for(head):
+    assert record_of(head)["inference"] is None
 
 
 def test_features_of_a_random_teacher_are_distilled_and_said_to_be_random(train, vit, tmp_path):

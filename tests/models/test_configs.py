@@ -19,7 +19,9 @@ STUDENTS = sorted((CONFIGS / "student").glob("*.yaml"))
 OF_TIMM = [p for p in TEACHERS if "TimmEncoder" in p.read_text() and "???" not in p.read_text()]
 COMPLETE = [p for p in STUDENTS if "???" not in p.read_text() and "defaults:" not in p.read_text()]
 DETECTORS = [p for p in COMPLETE if "MMDetModel" in p.read_text()]
-SEGMENTERS = [p for p in COMPLETE if p not in DETECTORS]
+OUR_DETECTOR = CONFIGS / "student" / "digit_scenes_detector.yaml"  # which has tests of its own
+DENOISERS = [p for p in COMPLETE if "models.diffusers" in p.read_text()]
+SEGMENTERS = [p for p in COMPLETE if p not in (*DETECTORS, OUR_DETECTOR, *DENOISERS)]
 
 
 def load(path):
@@ -69,6 +71,15 @@ def test_students_build_and_detect(path):
     assert isinstance(model, Detector)
     assert model.num_classes == 4
     assert set(model.task_taps) <= set(model.taps())
+
+
+@pytest.mark.parametrize("path", DENOISERS, ids=lambda path: path.stem)
+def test_students_build_and_find_noise_in_images_of_the_datas_size(path):
+    pytest.importorskip("diffusers")
+    chosen = ("task=diffusion", "data=digits", "recipe=diffusion_digits", f"student={path.stem}")
+    model = build_student(compose(chosen)["student"], num_classes=10).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 8, 8), ["noise"])["noise"].shape == (2, 3, 8, 8)
 
 
 def test_head_takes_an_encoder_from_the_list_of_teachers():

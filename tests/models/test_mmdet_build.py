@@ -81,6 +81,21 @@ def test_a_checkpoint_of_the_whole_detector(tmp_path, images):
         MMDetModel(GFL, CLASSES + 1, changes=OWN_RESNET18, checkpoint=tmp_path / "epoch_12.pth")
 
 
+def test_a_checkpoint_as_mmengine_writes_them_while_it_trains(tmp_path, images):
+    from mmengine.logging import MessageHub
+
+    first = MMDetModel(GFL, CLASSES, changes=OWN_RESNET18).eval()
+    hub = MessageHub("training")
+    hub.update_scalar("train/loss", 1.5)
+    meta = {"cfg": "model = dict()", "dataset_meta": {"classes": ("a", "b"), "palette": [(1, 2, 3)]}, "epoch": 12}
+    optimizer = torch.optim.SGD(first.net.parameters(), 0.1, momentum=0.9)
+    parts = {"state_dict": first.net.state_dict(), "message_hub": hub.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({"meta": meta, **parts, "param_schedulers": [{"last_step": 3}]}, tmp_path / "epoch_12.pth")
+    second = MMDetModel(GFL, CLASSES, changes=OWN_RESNET18, checkpoint=tmp_path / "epoch_12.pth").eval()
+    with torch.no_grad():
+        assert torch.equal(first(images, ["cls.0"])["cls.0"], second(images, ["cls.0"])["cls.0"])
+
+
 def test_what_cannot_be_a_detector_of_boxes_is_refused():
     with pytest.raises(ConfigError, match="masks too"):
         MMDetModel("mask-rcnn_r50_fpn_1x_coco", CLASSES, encoder())

@@ -10,16 +10,7 @@ from kdlvfm.models.timm import TimmEncoder
 
 pytest.importorskip("mmdet")
 
-# What torch has to say of the ways in which mmdet calls it.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings(
-        "ignore:torch.meshgrid:UserWarning",
-        "ignore:To copy construct from a tensor:UserWarning",
-        "ignore:Sparse invariant checks:UserWarning",
-        "ignore:.*cuda.amp.autocast:FutureWarning",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 # Fewer queries and layers than in the papers: images are small here.
 FEW = {"num_queries": 20, "encoder": {"num_layers": 1}, "decoder": {"num_layers": 1}, "test_cfg": {"max_per_img": 20}}

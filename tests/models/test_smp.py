@@ -17,6 +17,7 @@ DILATED = {"encoder_depth": 5, "output_stride": 8, "upsampling": 8}
 CASES = [
     ("resnet18", "deeplabv3plus", {}, [2, 4, 8, 16, 16], 4),
     ("resnet18", "deeplabv3plus", {"encoder_output_stride": 8}, [2, 4, 8, 8, 8], 4),
+    ("resnet18", "deeplabv3", {"encoder_output_stride": 8}, [2, 4, 8, 8, 8], 8),
     ("resnet18", "pspnet", DILATED, [2, 4, 8, 8, 8], 8),
     ("resnet18", "pspnet", {}, [2, 4, 8], 8),
     ("resnet18", "fpn", {}, [2, 4, 8, 16, 32], 4),
@@ -24,7 +25,13 @@ CASES = [
     ("mobilenetv2_100", "deeplabv3plus", {}, [2, 4, 8, 16, 16], 4),
     ("convnext_atto", "fpn", {}, [4, 8, 16, 32], 4),
 ]
-PLAIN = {"deeplabv3plus": smp.DeepLabV3Plus, "pspnet": smp.PSPNet, "fpn": smp.FPN, "unet": smp.Unet}
+PLAIN = {
+    "deeplabv3": smp.DeepLabV3,
+    "deeplabv3plus": smp.DeepLabV3Plus,
+    "pspnet": smp.PSPNet,
+    "fpn": smp.FPN,
+    "unet": smp.Unet,
+}
 
 
 def build(name, decoder, **options):
@@ -45,7 +52,8 @@ def test_declared_facts_are_the_actual_ones(name, decoder, options, strides, str
 
 
 @pytest.mark.parametrize(
-    ("decoder", "options"), [("deeplabv3plus", {}), ("pspnet", DILATED), ("fpn", {}), ("unet", {})]
+    ("decoder", "options"),
+    [("deeplabv3", {}), ("deeplabv3plus", {}), ("pspnet", DILATED), ("fpn", {}), ("unet", {})],
 )
 def test_state_dict_loads_into_plain_smp_which_gives_the_same_logits(decoder, options):
     model = build("resnet18", decoder, decoder_kwargs=options)
@@ -99,7 +107,7 @@ def test_whole_network_round_trip(tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="decoder must be one of deeplabv3plus"):
+    with pytest.raises(ValueError, match="decoder must be one of deeplabv3, deeplabv3plus"):
         build("resnet18", "segformer")
     with pytest.raises(UnknownModelError, match="resnet18"):
         build("resnet81", "fpn")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and fetching weights: nothing executes, and each failure is one line with its remedy."""
 
+import argparse
 import hashlib
 import pathlib
+from collections import OrderedDict
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +29,37 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
         read_weights(tmp_path / "evil.pth")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+class Opening(Malice):
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+class Log:
+    """Of a class that only whoever trained has."""
+
+    def __init__(self):
+        self.values = np.arange(3.0)
+
+
+@pytest.mark.parametrize("beside", [{"log": Log()}, {"args": argparse.Namespace(lr=0.1)}, {"step": np.float64(2)}])
+def test_what_lies_beside_the_weights_is_passed_over_and_does_not_run(beside, tmp_path):
+    content = {**beside, "evil": [Opening(tmp_path / "ran")], "state_dict": OrderedDict(w=torch.ones(2))}
+    torch.save(content, tmp_path / "trained.pth")
+    assert {name: value.tolist() for name, value in read_weights(tmp_path / "trained.pth").items()} == {"w": [1, 1]}
+    assert not (tmp_path / "ran").exists()
+    torch.save({**beside, "state_dict": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
+    with pytest.raises(WeightsError, match=r"save its state_dict\(\) alone"):
+        read_weights(tmp_path / "whole.pth")
+
+
+def test_files_of_a_torch_before_zip_files(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_weights(tmp_path / "old.pth")["w"].tolist() == [1, 1]
+    torch.save({"w": torch.ones(2), "log": Log()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match="not a file of weights only"):
+        read_weights(tmp_path / "old.pth")
 
 
 @pytest.mark.parametrize("name", ["broken.safetensors", "broken.pth"])

@@ -121,6 +121,23 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
     assert scores["miou"] == 0.25
 
 
+def test_what_images_add_is_counted_by_hand_and_sums_to_the_confusion():
+    generator = torch.Generator().manual_seed(2)
+    task, target = Segmentation(5), random_target(generator)
+    predictions = torch.randint(0, 5, target.shape, generator=generator)
+    found = task.per_image(predictions, target)
+    for image, k in np.ndindex(len(target), 5):
+        labelled = (target[image] != 255) & (target[image] != -1)
+        truth, guess = (target[image] == k) & labelled, (predictions[image] == k) & labelled
+        expected = {"truth": truth.sum(), "predicted": guess.sum(), "hits": (truth & guess).sum()}
+        assert {name: value[image, k] for name, value in found.items()} == expected
+    metrics = task.metrics()
+    metrics.update(predictions, target)
+    assert torch.equal(found["truth"].sum(0), metrics.confusion.sum(1))
+    assert torch.equal(found["predicted"].sum(0), metrics.confusion.sum(0))
+    assert torch.equal(found["hits"].sum(0), metrics.confusion.diagonal())
+
+
 def test_a_batch_without_labels_adds_nothing():
     metrics = Segmentation(3).metrics()
     metrics.update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.tensor([[[255, -1], [255, -1]]]))
