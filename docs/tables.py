@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Page, experiment, the split that its table compares.
 TABLES = [
     ("README.md", "demo", "test"),
+    ("docs/detection.md", "demo_detection", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
     ("experiments/bccd/README.md", "bccd", "test"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
