@@ -23,7 +23,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _GLYPHS = {"train": (0, 1197), "val": (1197, 1397), "test": (1397, 1797)}
 _COLUMNS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 _UNLABELLED_FROM = 10**6  # labelled, unlabelled and streamed scenes never share an index
-_STREAM_FROM = 10**9
+STREAM_FROM = 10**9
 _SPLIT_SEED = 1797  # the split of the digits never changes, whatever the seed of a run
 
 
@@ -247,7 +247,7 @@ class DigitScenes(SegmentationData):
     def samples(self, split: str) -> Samples:
         """Labelled scenes of a split."""
         if split == "train":
-            first, count = (_STREAM_FROM, self.steps * self.batch_size) if self.stream else (0, self.labelled)
+            first, count = (STREAM_FROM, self.steps * self.batch_size) if self.stream else (0, self.labelled)
             return self._scenes("train", first, count)
         if split == "val":
             return self._scenes("val", 0, self.val)

@@ -11,7 +11,7 @@ import torch
 from kdlvfm.data.base import DataError
 from kdlvfm.data.boxes import Sample, make_boxes
 from kdlvfm.data.detection import DetectionData, Samples
-from kdlvfm.data.digit_scenes import DigitScenes, SceneGenerator, Split
+from kdlvfm.data.digit_scenes import STREAM_FROM, DigitScenes, SceneGenerator, Split
 
 
 class DigitScenesBoxes(DetectionData):
@@ -20,6 +20,8 @@ class DigitScenesBoxes(DetectionData):
     Args:
         size: side of the square scenes in pixels.
         train: training scenes.
+        stream: train on none of those, but on scenes that are new in each place of each batch; meant for pre-training a
+            teacher, which thus never sees the scenes that a student is trained on.
         val: validation scenes.
         test: test scenes.
         scenes_seed: seed of the scenes themselves; the run's `seed` orders and augments them, so that runs of different
@@ -40,20 +42,21 @@ class DigitScenesBoxes(DetectionData):
         *,
         size: int = 128,
         train: int = 1000,
+        stream: bool = False,
         val: int = 200,
         test: int = 400,
         scenes_seed: int = 0,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        self._scenes: dict[str, _Scenes] = {}
         for split, count in (("train", train), ("val", val), ("test", test)):
-            if count < 1:
-                raise DataError(f"{split}={count} scenes: choose at least 1.")
+            if not 1 <= count <= STREAM_FROM:
+                raise DataError(f"{split}={count} scenes: choose from 1 to {STREAM_FROM}.")
+        first, drawn = (STREAM_FROM, self.steps * self.batch_size) if stream else (0, train)
         self._scenes = {
-            "train": _Scenes("train", size, scenes_seed, train),
-            "val": _Scenes("val", size, scenes_seed, val),
-            "test": _Scenes("test", size, scenes_seed, test),
+            "train": _Scenes("train", size, scenes_seed, first, drawn),
+            "val": _Scenes("val", size, scenes_seed, 0, val),
+            "test": _Scenes("test", size, scenes_seed, 0, test),
         }
 
     def samples(self, split: str) -> Samples:
@@ -70,16 +73,16 @@ class DigitScenesBoxes(DetectionData):
 
 
 class _Scenes:
-    """The first `count` scenes of a generator, as tensors."""
+    """`count` scenes of a generator, from index `first` on, as tensors."""
 
-    def __init__(self, split: Split, size: int, seed: int, count: int) -> None:
+    def __init__(self, split: Split, size: int, seed: int, first: int, count: int) -> None:
         self._generator = SceneGenerator(split, size=size, seed=seed)
-        self._count = count
+        self._indices = range(first, first + count)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._indices)
 
     def __getitem__(self, index: int, /) -> Sample:
-        scene = self._generator.scene(index)
+        scene = self._generator.scene(self._indices[index])
         boxes = make_boxes(scene.boxes.tolist(), (scene.labels - 1).tolist())
         return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), boxes
