@@ -13,19 +13,20 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from kdlvfm.cli.runs import WEIGHTS, read_run
-from kdlvfm.models import digit_scenes_vit
+from kdlvfm.models import digit_scenes_detector, digit_scenes_vit
 
 LIMIT = 3 * 2**20
+TEACHERS = (digit_scenes_vit, digit_scenes_detector)
 
 
 def main(folder: Path) -> None:
     """Convert and copy."""
-    read_run(folder)
+    trained = read_run(folder)["config"]["student"]["_target_"]
+    (target,) = (module.WEIGHTS for module in TEACHERS if trained.startswith(f"{module.__name__}."))
     state = {
         name: value.half() if value.is_floating_point() else value
         for name, value in load_file(folder / WEIGHTS).items()
     }
-    target = digit_scenes_vit.WEIGHTS
     save_file(state, target)
     shutil.copyfile(folder / "record.json", target.with_suffix(".json"))
     size = target.stat().st_size

@@ -70,8 +70,7 @@ def draw_predictions(runs: Mapping[str, Path], split: str, scenes: int, path: Pa
     from kdlvfm.cli.build import build_data, build_task, build_teacher
     from kdlvfm.cli.config import check_targets
     from kdlvfm.cli.runs import load_student, read_run
-    from kdlvfm.data.segmentation import SegmentationData
-    from kdlvfm.reporting.figures import prediction_grid
+    from kdlvfm.reporting.figures import box_grid, mask_grid
     from kdlvfm.training.fit import predict
 
     records = {title: read_run(folder) for title, folder in runs.items()}
@@ -79,16 +78,15 @@ def draw_predictions(runs: Mapping[str, Path], split: str, scenes: int, path: Pa
     config = {part: record["config"][part] for part in ("data", "task")}
     check_targets(config, runs[first] / "record.json")
     data = build_data(config)
-    if not isinstance(data, SegmentationData):
-        raise CommandError("predictions of masks can be drawn, those of boxes not yet.")
     if any(other["data"]["split_hash"] != data.split_hash() for other in records.values()):
         raise CommandError(f"the {data.name} that is here is not what the runs saw (another hash of the splits).")
-    task, samples = build_task(config, data), data.samples(split)
-    chosen = [samples[index] for index in range(0, len(samples), max(1, len(samples) // scenes))][:scenes]
-    shown = [(image, mask) for image, mask in chosen if image.shape == chosen[0][0].shape]
+    task, samples = build_task(config, data), data.evaluation_set(split)
+    count = len(samples)  # type: ignore[arg-type]  # torch's Dataset does not state that it has a length
+    chosen = [samples[index] for index in range(0, count, max(1, count // scenes))][:scenes]
+    height, width = chosen[0]["image"].shape[-2:]
+    shown = [sample for sample in chosen if sample["image"].shape[-2:] == (height, width)]
     notes = [] if len(shown) == len(chosen) else ["Images of other sizes than the first are left out."]
-    images = torch.stack([image for image, _ in shown]).float() / 255
-    truth = torch.stack([mask for _, mask in shown])
+    images, truth, _ = task.unpack(data.collate(shown))
     models: dict[str, Any] = {}
     taught = next((title for title in records if records[title]["distiller"]["name"] != BASELINE), None)
     if taught is not None and (records[taught]["teacher"] or {}).get("metrics"):
@@ -103,5 +101,7 @@ def draw_predictions(runs: Mapping[str, Path], split: str, scenes: int, path: Pa
         models[title] = load_student(runs[title], found)
     with torch.no_grad():
         predictions = {title: predict(model, task, images, truth) for title, model in models.items()}
-    prediction_grid(images, truth, predictions, data.class_names, data.palette, path)
+    grid: Any = {"masks": mask_grid, "boxes": box_grid}[data.truth]
+    # Batches of boxes are padded.
+    grid(images[..., :height, :width], truth, predictions, data.class_names, data.palette, path)
     return notes

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import build_student
 from kdlvfm.cli.config import check_targets
@@ -75,6 +77,19 @@ def load_student(folder: Path, record: Record) -> FeatureModel:
         source=str(weights),
     )
     return student.eval()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of an option `--device`; for `auto` a GPU if there is one.
+
+    Raises:
+        CommandError: it cannot be used here.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise CommandError(f"--device {chosen} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def teacher_from_run(run: str) -> FeatureModel:

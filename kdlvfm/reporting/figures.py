@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of predictions beside the truth."""
+"""Pictures of predictions beside the truth: scenes in lines, truth and models in columns."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-_Colour = tuple[int, int, int]
+from kdlvfm.reporting.canvas import Canvas, Colour, draw_boxes
+
+Objects = Mapping[str, Tensor]
+"""Objects of an image: `"boxes"` (n, 4), `"labels"` (n,) and, of predictions, `"scores"` (n,)."""
 
 _IGNORED_COLOUR = (196, 196, 196)
-_INK = "#222222"
-_DOTS_PER_INCH = 200
 _CELL_DOTS = 300
-_GAP_DOTS = 10
-_TITLE_DOTS = 48
-_CAPTION_DOTS = 34
-_LEGEND_DOTS = 36
+_LABEL_SIZE = 7  # points
+_SAME_OBJECT = 0.5  # IoU, COCO's most lenient threshold
 
 
-def prediction_grid(
+def mask_grid(
     images: Tensor,
     truth: Tensor,
     predictions: Mapping[str, Tensor],
     class_names: Sequence[str],
-    palette: Sequence[_Colour],
+    palette: Sequence[Colour],
     path: Path,
     ignore: Collection[int] = (255, -1),
 ) -> None:
@@ -49,23 +48,106 @@ def prediction_grid(
     Raises:
         ValueError: shapes that do not fit, or class indices without a name and a colour.
     """
-    _check(images, truth, predictions, class_names, palette, ignore)
-    colours = torch.tensor([*palette, _IGNORED_COLOUR], dtype=torch.uint8)
+    _check_images(images, class_names, palette)
+    size = (len(images), *images.shape[-2:])
     ignored = _ignored(truth, ignore)
+    for title, mask in {"truth": truth, **predictions}.items():
+        if tuple(mask.shape) != size:
+            raise ValueError(f"{title!r} must have the shape {size} of the images, not {tuple(mask.shape)}.")
+        _check_classes(title, mask[~ignored] if mask is truth else mask, palette)
+    colours = torch.tensor([*palette, _IGNORED_COLOUR], dtype=torch.uint8)
     present = torch.cat([truth[~ignored], *(prediction.flatten() for prediction in predictions.values())])
     legend = [(class_names[index], palette[index]) for index in torch.unique(present).tolist()]
     if ignored.any():
         legend.append(("ignored", _IGNORED_COLOUR))
-    canvas = _Canvas(images.shape, 2 + len(predictions), legend)
+    canvas = _canvas(images, 2 + len(predictions), legend)
     for line in range(len(images)):
-        canvas.draw(line, 0, images[line].permute(1, 2, 0), "image", "")
-        canvas.draw(line, 1, colours[truth[line].masked_fill(ignored[line], len(palette)).long()], "truth", "")
+        canvas.draw(line, 0, images[line].permute(1, 2, 0), "image")
+        canvas.draw(line, 1, colours[truth[line].masked_fill(ignored[line], len(palette)).long()], "truth")
         for column, (title, prediction) in enumerate(predictions.items(), start=2):
             score = scene_miou(prediction[line], truth[line], ignore)
             caption = "" if score is None else f"mIoU {100 * score:.0f} %"
             canvas.draw(line, column, colours[prediction[line].long()], title, caption)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+    canvas.save(path)
+
+
+def box_grid(
+    images: Tensor,
+    truth: Sequence[Objects],
+    predictions: Mapping[str, Sequence[Objects]],
+    class_names: Sequence[str],
+    palette: Sequence[Colour],
+    path: Path,
+    least_score: float = 0.3,
+) -> None:
+    """Write a PNG with one line for each scene: image, its objects, then what each model found.
+
+    Under each prediction stands how many of the objects were found, see `scene_hits`, and how many boxes are no object.
+
+    Args:
+        images: (n, 3, H, W) in [0, 1].
+        truth: objects of each image, boxes in its pixels.
+        predictions: title of the column -> objects of each image.
+        class_names: name of each class, for the labels.
+        palette: (red, green, blue) in 0..255 of each class.
+        path: the file to write; its folder is made if need be.
+        least_score: boxes with a lower score are left out.
+
+    Raises:
+        ValueError: numbers of images that differ, or classes without a name and a colour.
+    """
+    _check_images(images, class_names, palette)
+    for title, found in {"truth": truth, **predictions}.items():
+        if len(found) != len(images):
+            raise ValueError(f"{title!r} must have an entry for each of the {len(images)} images, not {len(found)}.")
+        _check_classes(title, torch.cat([objects["labels"] for objects in found]), palette)
+    canvas = _canvas(images, 2 + len(predictions), ())
+    size = (images.shape[-2], images.shape[-1])
+
+    def draw(line: int, column: int, title: str, objects: Objects, caption: str = "") -> None:
+        axis = canvas.draw(line, column, images[line].permute(1, 2, 0), title, caption)
+        labels = objects["labels"].tolist()
+        names, colours = [class_names[label] for label in labels], [palette[label] for label in labels]
+        draw_boxes(axis, objects["boxes"], names, colours, _LABEL_SIZE, size)
+
+    for line in range(len(images)):
+        canvas.draw(line, 0, images[line].permute(1, 2, 0), "image")
+        draw(line, 1, "truth", truth[line])
+        for column, (title, found) in enumerate(predictions.items(), start=2):
+            shown = above(found[line], least_score)
+            hits = scene_hits(shown, truth[line])
+            wrong = len(shown["labels"]) - hits
+            caption = f"{hits} of {len(truth[line]['labels'])} found" + (f", {wrong} wrong" if wrong else "")
+            draw(line, column, title, shown, caption)
+    canvas.save(path)
+
+
+def above(objects: Objects, least_score: float) -> Objects:
+    """Those with at least this score, the surest last, so that it is drawn on top."""
+    order = objects["scores"].argsort(stable=True)
+    kept = order[objects["scores"][order] >= least_score]
+    return {name: objects[name][kept] for name in ("boxes", "labels", "scores")}
+
+
+def scene_hits(found: Objects, truth: Objects) -> int:
+    """How many objects of a scene were found: by a box of their class with IoU 0.5 or more, one box for each object.
+
+    As in COCO's evaluation the surest box chooses first, the object that it covers best.
+    """
+    hits, left = 0, [*range(len(truth["labels"]))]
+    for i in found["scores"].argsort(descending=True, stable=True).tolist():
+        fits = {j: _iou(found["boxes"][i], truth["boxes"][j]) for j in left if found["labels"][i] == truth["labels"][j]}
+        best = max(fits, key=lambda j: fits[j], default=None)
+        if best is not None and fits[best] >= _SAME_OBJECT:
+            left.remove(best)
+            hits += 1
+    return hits
+
+
+def _iou(first: Tensor, second: Tensor) -> float:
+    inner = (torch.minimum(first[2:], second[2:]) - torch.maximum(first[:2], second[:2])).clamp(min=0).prod()
+    outer = (first[2:] - first[:2]).prod() + (second[2:] - second[:2]).prod() - inner
+    return float(inner / outer)
 
 
 def scene_miou(prediction: Tensor, truth: Tensor, ignore: Collection[int] = (255, -1)) -> float | None:
@@ -79,82 +161,24 @@ def scene_miou(prediction: Tensor, truth: Tensor, ignore: Collection[int] = (255
     return fmean(shares) if shares else None
 
 
-def _check(
-    images: Tensor,
-    truth: Tensor,
-    predictions: Mapping[str, Tensor],
-    class_names: Sequence[str],
-    palette: Sequence[_Colour],
-    ignore: Collection[int],
-) -> None:
+def _canvas(images: Tensor, columns: int, legend: Sequence[tuple[str, Colour]]) -> Canvas:
+    height, width = images.shape[-2:]
+    dots = min(width * math.ceil(_CELL_DOTS / width), 3 * _CELL_DOTS // 2)
+    return Canvas(len(images), columns, (height, width), dots, legend)
+
+
+def _check_images(images: Tensor, class_names: Sequence[str], palette: Sequence[Colour]) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images must be (n, 3, H, W) with n > 0, not {tuple(images.shape)}.")
     if len(class_names) != len(palette):
         raise ValueError(f"{len(class_names)} class names do not match {len(palette)} colours.")
-    size = (len(images), *images.shape[-2:])
-    for title, mask in {"truth": truth, **predictions}.items():
-        if tuple(mask.shape) != size:
-            raise ValueError(f"{title!r} must have the shape {size} of the images, not {tuple(mask.shape)}.")
-        named = mask[~_ignored(mask, ignore)] if mask is truth else mask
-        if named.numel() and (named.min() < 0 or named.max() >= len(palette)):
-            low, high = int(named.min()), int(named.max())
-            raise ValueError(
-                f"{title!r} holds classes {low} to {high}; names and colours are for 0 to {len(palette) - 1}."
-            )
+
+
+def _check_classes(title: str, classes: Tensor, palette: Sequence[Colour]) -> None:
+    if classes.numel() and (classes.min() < 0 or classes.max() >= len(palette)):
+        low, high = int(classes.min()), int(classes.max())
+        raise ValueError(f"{title!r} holds classes {low} to {high}; names and colours are for 0 to {len(palette) - 1}.")
 
 
 def _ignored(mask: Tensor, ignore: Collection[int]) -> Tensor:
     return torch.isin(mask, torch.tensor(sorted(ignore), dtype=mask.dtype, device=mask.device))
-
-
-class _Canvas:
-    """A page of equal cells, placed in whole dots so that each image pixel becomes a square of equal size."""
-
-    def __init__(self, images: torch.Size, columns: int, legend: Sequence[tuple[str, _Colour]]) -> None:
-        from matplotlib.figure import Figure
-
-        lines, _, height, width = images
-        legend_dots = _LEGEND_DOTS * (1 + math.ceil(len(legend) / (2 * columns)))
-        dots = min(width * math.ceil(_CELL_DOTS / width), 3 * _CELL_DOTS // 2)
-        self.cell = (round(dots * height / width), dots)
-        self.size = (
-            _TITLE_DOTS + lines * (self.cell[0] + _CAPTION_DOTS) + legend_dots,
-            columns * (dots + _GAP_DOTS) + _GAP_DOTS,
-        )
-        inches = (self.size[1] / _DOTS_PER_INCH, self.size[0] / _DOTS_PER_INCH)
-        self.figure = Figure(figsize=inches, dpi=_DOTS_PER_INCH, facecolor="white")
-        self._add_legend(legend, 2 * columns, legend_dots / 2 / self.size[0])
-
-    def draw(self, line: int, column: int, pixels: Tensor, title: str, caption: str) -> None:
-        """Put `pixels` (H, W, 3) into a cell, with `title` above the first line and `caption` below the cell."""
-        top = _TITLE_DOTS + line * (self.cell[0] + _CAPTION_DOTS)
-        left = _GAP_DOTS + column * (self.cell[1] + _GAP_DOTS)
-        (height, width), (page_height, page_width) = self.cell, self.size
-        bottom = page_height - top - height
-        box = (left / page_width, bottom / page_height, width / page_width, height / page_height)
-        axis = self.figure.add_axes(box)
-        axis.imshow(pixels.numpy(), interpolation="nearest", aspect="auto")
-        axis.set_axis_off()
-        if line == 0:
-            axis.set_title(title, fontsize=9, color=_INK, pad=4)
-        axis.text(0.5, -5 / height, caption, transform=axis.transAxes, ha="center", va="top", fontsize=6.5, color=_INK)
-
-    def _add_legend(self, entries: Sequence[tuple[str, _Colour]], columns: int, middle: float) -> None:
-        from matplotlib.patches import Patch
-
-        handles = [
-            Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour), edgecolor=_INK, linewidth=0.4, label=name)
-            for name, colour in entries
-        ]
-        self.figure.legend(
-            handles=handles,
-            loc="center",
-            bbox_to_anchor=(0.5, middle),
-            ncols=min(len(handles), columns),
-            frameon=False,
-            fontsize=8,
-            handlelength=1.0,
-            handleheight=1.0,
-            columnspacing=1.2,
-            handletextpad=0.5,
-        )
