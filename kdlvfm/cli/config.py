@@ -225,7 +225,8 @@ def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
         return hydra_instantiate(OmegaConf.create(dict(node)), _convert_="all", **keywords)
     except InstantiationException as error:
         cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        # Hydra says what it could not import, and keeps what was missing in there for the cause.
+        while type(cause) in (InstantiationException, ImportError) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, ModuleNotFoundError):
             raise cause from error

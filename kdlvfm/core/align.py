@@ -34,7 +34,7 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize of (B, C, H, W) to `size` = (height, width), corners not aligned; antialiased when shrinking."""
-    target = (int(size[0]), int(size[1]))
+    target = (size[0], size[1])  # not int(): sizes that torch.export traces would become constants
     if tuple(x.shape[-2:]) == target:
         return x
     shrinks = target[0] < x.shape[-2] or target[1] < x.shape[-1]

@@ -54,7 +54,11 @@ class Coco(BoxFileData):
         self._images = dict.fromkeys(self.splits, images) if isinstance(images, str) else dict(images)
         if absent := [split for split in self.splits if split not in self._images]:
             raise DataError(f"data.images names no folder for {', '.join(absent)}.")
-        self.layout = f"expected are {', '.join(self._files.values())} and images in {images} below {self.root}"
+        folders = ", ".join(dict.fromkeys(self._images.values()))
+        self.layout = (
+            f"expected are {', '.join(self._files.values())} and images in {folders} below {self.root}; data.train, "
+            "data.val, data.test and data.images name others"
+        )
         self._classes = None if classes is None else tuple(map(str, classes))
         self._contents: dict[str, tuple[tuple[str, ...], list[Entry]]] = {}
 
@@ -97,10 +101,12 @@ class Coco(BoxFileData):
     def _parse(self, content: Any, path: Path, folder: Path) -> tuple[tuple[str, ...], list[Entry]]:
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         known = tuple(categories[i] for i in sorted(categories))
+        if not known or len(set(known)) < len(content["categories"]):
+            given = [(category["id"], category["name"]) for category in content["categories"]]
+            raise DataError(f"{path}: categories must be at least one, of different ids and names, not {given}.")
         names = known if self._classes is None else self._classes
-        if not names or len(set(known)) < len(content["categories"]) or (absent := set(names) - set(known)):
-            what = f"lacks {', '.join(sorted(absent))}" if names and len(set(known)) == len(known) else "is none"
-            raise DataError(f"{path}: its list of categories {what}; it has {list(known)}.")
+        if absent := [name for name in names if name not in known]:
+            raise DataError(f"{path} has no category {', '.join(absent)}; it has {list(known)}.")
         labels = {i: names.index(name) for i, name in categories.items() if name in names}
 
         images = content["images"]
@@ -112,14 +118,14 @@ class Coco(BoxFileData):
         if strange := [str(i) for i in annotations.keys() - {image["id"] for image in images}]:
             raise DataError(f"{path} has boxes for {len(strange)} image ids that it does not list: {listed(strange)}.")
         if strange := [
-            f"{image['file_name']} ({annotation['category_id']})"
+            f"{image['file_name']} ({annotation['category_id']!r})"
             for image in images
             for annotation in annotations[image["id"]]
             if annotation["category_id"] not in categories
         ]:
             raise DataError(
                 f"{path} has {len(strange)} boxes of category ids outside its list {sorted(categories)}: "
-                f"{listed(strange)}."
+                f"{listed(strange)}. Correct them, or list their categories."
             )
         entries = [
             _entry(folder, image, [box for box in annotations[image["id"]] if box["category_id"] in labels], labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kdlvfm.data.base import DataError
@@ -40,7 +40,8 @@ def decode(path: Path, content: bytes) -> Image.Image:
         file = Image.open(io.BytesIO(content))
         file.load()
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        raise DataError(f"{path} is not a readable image ({error}): restore the file or remove the sample.") from error
+        cause = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{path} is not a readable image ({cause}): restore the file or remove the sample.") from error
     return file
 
 

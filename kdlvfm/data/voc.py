@@ -110,8 +110,10 @@ class Voc(BoxFileData):
                 for one in objects
             ]
             difficult = [bool(int(one.findtext("difficult") or 0)) for one in objects]
+        except DataError:
+            raise
         except ValueError as error:
-            raise DataError(f"{path} has a box that is no four numbers ({error}): correct it.") from error
+            raise DataError(f"{path} has a box, or a `difficult`, of no numbers ({error}): correct it.") from error
         return Entry(
             image,
             make_boxes(

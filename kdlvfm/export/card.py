@@ -121,13 +121,14 @@ def _introduction(record: Mapping[str, Any], paper: str | None) -> str:
         origin = f"It was distilled from {record['teacher']['name']} with {method}"
     else:
         origin = "It was trained without a teacher"
-    height, width = student["input_size"]
-    macs = "" if student["macs"] is None else f", {student['macs'] / 1e9:.2f} G multiply-accumulates an image"
+    cost = f"It has {student['parameters'] / 1e6:.2f} M parameters"
+    if student["macs"] is not None:
+        size = "x".join(map(str, student["input_size"]))
+        cost += f", and an image of {size} pixels takes {student['macs'] / 1e9:.2f} G multiply-accumulates"
     return (
         f"# {student['name']}, {record['name']}\n\n"
         f"A small network that {_TASKS[record['task']['name']][1]} of {len(classes)} classes: {', '.join(classes)}. "
-        f"{origin}, on {data['name']}, by kdlvfm {__version__}. It has {student['parameters'] / 1e6:.2f} M "
-        f"parameters{macs} of {height}x{width} pixels (height x width)."
+        f"{origin}, on {data['name']}, by kdlvfm {__version__}. {cost}."
     )
 
 

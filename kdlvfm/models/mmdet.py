@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from kdlvfm.models.feature_pyramid import fit_neck
 from kdlvfm.models.freezing import freeze_encoder
 from kdlvfm.models.geometry import fit_to_multiple
 from kdlvfm.models.mmcv_ops import provide_operators
-from kdlvfm.models.mmdet_build import build_detector, nothing_frozen, quiet, statistics
+from kdlvfm.models.mmdet_build import build_detector, nothing_frozen, outline, quiet, statistics
 from kdlvfm.models.mmdet_config import merge, read_model_config
 from kdlvfm.models.mmdet_decoder import DenseDecoder
 from kdlvfm.models.mmdet_head import OUTPUTS, DenseHead, is_dense
@@ -64,6 +62,7 @@ class MMDetModel(Adapter):
     Raises:
         ConfigError: there is no such configuration, it cannot be read, or it is not one of a detector of boxes.
         MissingOperatorError: the detector needs operators that only a compiled mmcv has.
+        ValueError: `freeze` is none of these, or there is no encoder to freeze.
         WeightsError: the checkpoint cannot be read, or is another architecture's.
         ModuleNotFoundError: mmdet is not installed.
     """
@@ -79,6 +78,11 @@ class MMDetModel(Adapter):
         changes: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(freeze, int) or (freeze and encoder is None):
+            raise ValueError(
+                "freeze is true, false or a number of entries of the encoder's pyramid, for an encoder of ours; an own "
+                f"backbone has frozen_stages among its settings (freeze={freeze!r})."
+            )
         base = config if isinstance(config, Mapping) else read_model_config(config)
         settings = merge(base, changes or {})
         title = str(settings["type"]).lower() if isinstance(config, Mapping) else Path(config).stem
@@ -124,15 +128,9 @@ class MMDetModel(Adapter):
         On the meta device nothing is computed; a compiled mmcv has no operators there.
         """
         device, side = torch.device("meta" if provide_operators() else "cpu"), 640
-
-        def run(module: nn.Module, *inputs: Any) -> Any:
-            outline = copy.deepcopy(module, {id(x): x.to(device) for x in chain(module.parameters(), module.buffers())})
-            with torch.no_grad(), quiet():
-                return outline(*inputs)
-
         if self.encoder is None:
             taps: dict[str, TapInfo] = {}
-            maps = run(self.net.backbone, torch.zeros(1, 3, side, side, device=device))
+            maps = outline(self.net.backbone, device, torch.zeros(1, 3, side, side, device=device))
             outputs = {f"map.{i}": x for i, x in enumerate(maps)}
         else:
             taps = {tap: info for tap, info in self.encoder.taps().items() if tap != "logits"}
@@ -140,10 +138,10 @@ class MMDetModel(Adapter):
             sides = [round(side / info.stride) for info in infos if info.stride is not None]
             maps = tuple(torch.zeros(1, info.dim, s, s, device=device) for info, s in zip(infos, sides, strict=True))
             outputs = {}
-        levels = run(self.net.neck, maps) if self.net.with_neck else maps
+        levels = outline(self.net.neck, device, maps) if self.net.with_neck else maps
         outputs.update({f"fpn.{i}": x for i, x in enumerate(levels)})
         if self._head is not None:
-            heads = run(self.net.bbox_head, levels)
+            heads = outline(self.net.bbox_head, device, levels)
             outputs.update(
                 {f"{kind}.{i}": x for kind, maps in zip(OUTPUTS, heads, strict=False) for i, x in enumerate(maps)}
             )

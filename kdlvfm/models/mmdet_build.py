@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,8 +59,29 @@ def build_detector(settings: dict[str, Any], num_classes: int) -> Any:
         if provide_operators():
             _check_operators(net)
         if torch.get_default_device().type != "meta":
-            net.init_weights()
+            try:
+                net.init_weights()
+            except (KeyError, TypeError, AssertionError, RuntimeError) as error:
+                kind = type(error).__name__
+                raise ConfigError(f"mmdet cannot use an init_cfg of {settings.get('type')}: {kind}: {error}") from error
     return net
+
+
+def outline(module: nn.Module, device: torch.device, *inputs: Any) -> Any:
+    """What a copy of a network on `device` makes of inputs there: on the meta device, shapes without a computation.
+
+    Raises:
+        ConfigError: the inputs are not what the network reads.
+    """
+    there = copy.deepcopy(module, {id(x): x.to(device) for x in chain(module.parameters(), module.buffers())})
+    try:
+        with torch.no_grad(), quiet():
+            return there(*inputs)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"mmdet's {type(module).__name__} cannot read what comes before it ({error}): make in_channels and "
+            "out_channels agree."
+        ) from error
 
 
 def _import_mmdet() -> None:
@@ -94,8 +117,8 @@ def _harmless(settings: Any) -> Any:
     kept = {key: value for key, value in settings.items() if key not in ("_scope_", "pretrained", "init_cfg")}
     starts = settings.get("init_cfg")
     starts = [start for start in (starts if isinstance(starts, list) else [starts]) if start is not None]
-    if any(start["type"] != "Pretrained" for start in starts):
-        kept["init_cfg"] = [start for start in starts if start["type"] != "Pretrained"]
+    if any(start.get("type") != "Pretrained" for start in starts):
+        kept["init_cfg"] = [start for start in starts if start.get("type") != "Pretrained"]
     return {key: _harmless(value) for key, value in kept.items()}
 
 

@@ -46,7 +46,13 @@ def read_model_config(config: str | Path) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` merged in as mmdet does: dicts one into the other, and `_delete_` replaces a dict."""
+    """`base` with `changes` merged in as mmdet does: dicts one into the other, and `_delete_` replaces a dict.
+
+    Raises:
+        ConfigError: the changes are no settings.
+    """
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"changes must be settings, such as {{neck: {{out_channels: 128}}}}, not {changes!r}.")
     merged = dict(base)
     for key, value in changes.items():
         before = merged.get(key)

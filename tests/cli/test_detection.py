@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_a_run_leaves_a_record_with_average_precision(finished):
         assert metrics["AP"].keys() == set("0123456789")
         known = [value for value in metrics["AP"].values() if value is not None]
         assert sum(known) / len(known) == pytest.approx(metrics["mAP"], abs=1e-6)
-    assert record["versions"]["mmdet"]
+    assert record["versions"].keys() & {"mmdet", "onedl-mmdetection"}
 
 
 def test_evaluate_finds_the_same_and_table_shows_it(finished, kdlvfm):
@@ -132,3 +133,13 @@ def test_a_wrong_root_says_where_files_are_expected(refused, tmp_path):
     error = refused("data=bccd", f"data.root={tmp_path}", base=("task=detection", *RECIPE, *SEGMENTER))
     assert "BCCD needs 1 files that are missing" in error
     assert "annotations/train.json, annotations/val.json, annotations/test.json and images in images" in error
+
+
+def test_without_the_extra_its_name_is_given(refused, monkeypatch):
+    import kdlvfm.tasks
+
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.delitem(sys.modules, "kdlvfm.tasks.detection", raising=False)
+    monkeypatch.delattr(kdlvfm.tasks, "detection", raising=False)
+    error = refused(base=(*DATA, *RECIPE, *STUDENT))
+    assert "faster_coco_eval is not installed: pip install 'kdlvfm[mmdet]'" in error

@@ -17,7 +17,7 @@ def test_categories_become_classes_by_id_and_can_be_chosen(coco):
     data.check()
     assert data.class_names == ("cow", "cat")
     assert [boxes.labels.tolist() for _, boxes in (data.samples("train")[i] for i in range(3))] == [[1, 0], [], []]
-    with pytest.raises(DataError, match="list of categories lacks horse"):
+    with pytest.raises(DataError, match="has no category horse; it has"):
         coco(classes=["horse"]).check()
 
 
@@ -60,7 +60,12 @@ def test_images_of_each_split_may_lie_elsewhere(coco, tmp_path):
         (lambda content: content.pop("categories"), r"not in COCO's format \(KeyError: 'categories'\)"),
         (lambda content: content["annotations"][0].pop("bbox"), r"not in COCO's format \(KeyError: 'bbox'\)"),
         (lambda content: content["annotations"][0].update(bbox=[1, 2, 3]), "not in COCO's format"),
-        (lambda content: content.update(categories=[]), "its list of categories is none"),
+        (lambda content: content.update(categories=[]), "categories must be at least one"),
+        (
+            lambda content: content["categories"][1].update(id=content["categories"][0]["id"]),
+            "of different ids and names",
+        ),
+        (lambda content: content["categories"][1].update(name="cat"), "of different ids and names"),
         (
             lambda content: content["images"][0].update(width=41),
             r"another size than the file has for 1 images in 'train': a.png \(height x width 30x41, the file 30x40\)",

@@ -88,7 +88,7 @@ def with_configs_of(tmp_path, monkeypatch):
 
 
 def test_the_pages_hold_something_to_test():
-    assert len(PAGES) == 14
+    assert len(PAGES) == 15
     assert len(COMPOSED) > 15
     assert len(LINKS) > 10
 
@@ -119,7 +119,7 @@ def test_subcommands_and_their_options_exist(page, call):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
         main([*([command] if command else []), "--help"])
-    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", shown.getvalue())) | {"--help"}
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", shown.getvalue())) | {"--help"}
     assert {argument.partition("=")[0] for argument in arguments if argument.startswith("-")} <= known
 
 

@@ -118,6 +118,21 @@ def test_names_of_other_things_than_parts_of_mmdet_are_refused(changes):
         MMDetModel(GFL, CLASSES, encoder(), changes=changes)
 
 
+def test_parts_that_do_not_fit_are_told_before_any_training():
+    with pytest.raises(ConfigError, match=r"GFLHead cannot read what comes before it \(.*\): make in_channels"):
+        MMDetModel(GFL, CLASSES, encoder(), changes={"neck": {"out_channels": 32}})
+    with pytest.raises(ConfigError, match="cannot use an init_cfg of GFL: KeyError: 'type'"):
+        MMDetModel(GFL, CLASSES, encoder(), changes={"bbox_head": {"init_cfg": {"override": {"bias_prob": 0.5}}}})
+    with pytest.raises(ConfigError, match="changes must be settings"):
+        MMDetModel(GFL, CLASSES, encoder(), changes="neck")
+
+
+def test_freezing_is_for_an_encoder():
+    for arguments in ({"freeze": True}, {"freeze": 2}, {"encoder": encoder(), "freeze": "maybe"}):
+        with pytest.raises(ValueError, match="freeze is true, false or a number"):
+            MMDetModel(GFL, CLASSES, **arguments)
+
+
 def test_no_weights_are_fetched():
     start = {"type": "Pretrained", "checkpoint": "https://example.invalid/weights.pth"}
     changes = {**NARROW, "init_cfg": start, "neck": {"init_cfg": start, "out_channels": 64}}
