@@ -157,9 +157,7 @@ def fit(
         progress=progress,
     )
     diagnostics = Diagnostics(diagnose_every, dead_term_steps)
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    last = checkpoints / "last.ckpt"
+    last = folder / "checkpoints" / "last.ckpt"
     metric = f"val/{module.task.primary_metric}"
     curve, cost = CurveRecorder(metric), CostMeter(untimed=diagnostics.due)
     checkpointer = Checkpointer(last, checkpoint_every)

@@ -3,6 +3,7 @@
 
 import json
 import signal
+import socket
 
 import pytest
 import torch
@@ -160,3 +161,21 @@ def test_two_processes_learn_what_one_does(shell, small, tmp_path):
     assert [point["step"] for point in two["curve"]] == [3, 6]
     assert one["config_hash"] == two["config_hash"]
     assert len(list((tmp_path / "two").rglob("record.json"))) == 1
+
+
+@pytest.mark.ddp
+def test_a_process_that_does_not_lead_leaves_the_folder_to_the_one_that_does(shell, small, tmp_path):
+    """On a cluster it may be there first; the one that leads takes what lies in the folder for somebody else's."""
+    out = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        meeting.settimeout(200)
+        follower = {"LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1])}
+        command = ("train", *small, "distiller=none", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+        process = shell(*command, f"out={out}", env=follower)
+        try:
+            connection, _ = meeting.accept()  # it waits for the first process here
+            connection.close()
+            assert not list(out.iterdir())
+        finally:
+            process.kill()
+            process.communicate()
