@@ -38,8 +38,8 @@ def to_latex(table: Table, *, cost: bool = False) -> str:
     r"""A `table` environment, which needs `\usepackage[T1]{fontenc}` and `\usepackage{booktabs}`; empty without blocks.
 
     A single block has columns for score, differences with interval, share of the gap and published figures. Several
-    have a column each, with score and difference. The best method of a block is bold, arrows are verdicts, and what a
-    reader must know stands below.
+    have a column each, with score and difference, whose teacher and student are named below. The best method of a block
+    is bold, arrows are verdicts, and what a reader must know stands below.
 
     Args:
         table: what is shown.
@@ -57,8 +57,9 @@ def to_latex(table: Table, *, cost: bool = False) -> str:
         return _environment([block], _columns(block), _caption(table), _remarks(block.warnings, block.notes))
     remarks = []
     for number, block in enumerate(table.blocks, start=1):
-        remarks += _remarks(block.warnings, block.notes, f"Column {number}: ")
-    return _environment(table.blocks, [_column(block) for block in table.blocks], _caption(table), remarks)
+        remarks += _remarks(block.warnings, [_pair(block), *block.notes], f"Column {number}: ")
+    columns = [_column(number, block) for number, block in enumerate(table.blocks, start=1)]
+    return _environment(table.blocks, columns, _caption(table), remarks)
 
 
 def _environment(blocks: Sequence[Block], columns: Sequence[_Column], caption: str, remarks: Sequence[str]) -> str:
@@ -133,8 +134,12 @@ def _cost_columns(block: Block) -> list[_Column]:
     return columns
 
 
-def _column(block: Block) -> _Column:
-    teacher = block.teacher["name"] if block.teacher else "no teacher"
+def _pair(block: Block) -> str:
+    teacher = f"teacher {block.teacher['name']}" if block.teacher else "no teacher"
+    return f"{teacher}, student {block.student}."
+
+
+def _column(number: int, block: Block) -> _Column:
     cells = {}
     for row in block.rows:
         cells[row.method] = _score(row, block)
@@ -143,7 +148,7 @@ def _column(block: Block) -> _Column:
             cells[row.method] += f" ({_points(row.difference.mean, block.reading)}){sign}"
         if row.published:
             cells[row.method] += f", paper {_published(row.published)}"
-    return _Column((f"{block.data}, {_metric(block)}", teacher, block.student.partition(" (")[0]), cells)
+    return _Column((f"({number}) {block.data}", f"{_metric(block)}, {block.reading.head}".removesuffix(", ")), cells)
 
 
 def _metric(block: Block) -> str:

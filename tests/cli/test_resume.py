@@ -137,29 +137,37 @@ def test_two_processes_learn_what_one_does(shell, small, tmp_path):
         "student._target_=plain.Plain",
         "trainer.accelerator=cpu",
     )
-    runs = {"one": (), "two": ("trainer=ddp", "trainer.devices=2")}
-    for name, options in runs.items():
-        process = shell(
-            "train",
-            *common,
-            *options,
-            f"out={tmp_path / name}",
-            env={"PYTHONPATH": str(tmp_path), "LAST": str(tmp_path / name)},
-        )
-        printed, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = [{**meeting, "NODE_RANK": str(node), "LOCAL_RANK": "0"} for node in (0, 1)]
+    runs = {
+        "one": ((), [{}]),
+        "two": (("trainer=ddp", "trainer.devices=2"), [{}]),
+        "nodes": (("trainer=ddp", "trainer.num_nodes=2"), nodes),
+    }
+    for name, (options, places) in runs.items():
+        own = {"PYTHONPATH": str(tmp_path), "LAST": str(tmp_path / name)}
+        command = ("train", *common, *options, f"out={tmp_path / name}")
+        processes = [shell(*command, env={**own, **place}) for place in places]
+        printed = ""
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            printed += out
         assert printed.count("wrote ") == 1
-    one, two = (json.loads((tmp_path / name / "record.json").read_text()) for name in runs)
+    one, two, nodes = (json.loads((tmp_path / name / "record.json").read_text()) for name in runs)
     weights = [load_file(tmp_path / name / "student.safetensors") for name in runs]
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, weights[2][key]) for key, value in weights[1].items())
     ranks = [torch.load(tmp_path / f"two-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(value, ranks[1][key]) for key, value in ranks[0].items())
     for split in ("val", "test"):
         assert two["metrics"][split]["miou"] == pytest.approx(one["metrics"][split]["miou"], abs=1e-3)
     assert [point["step"] for point in two["curve"]] == [3, 6]
-    assert one["config_hash"] == two["config_hash"]
+    assert nodes["metrics"] == two["metrics"]
+    assert one["config_hash"] == two["config_hash"] == nodes["config_hash"]
     assert len(list((tmp_path / "two").rglob("record.json"))) == 1
 
 

@@ -44,10 +44,15 @@ def test_several_blocks_are_columns_and_what_is_missing_is_a_dash(make_record):
     records = [*runs(make_record, STUDENTS[0]), *runs(make_record, STUDENTS[1], ("kd",))]
     text = to_latex(summarise(records))
     rows = body(text)
-    assert [row[0] for row in rows] == ["", "", "method", "teacher", "baseline", "cwd", "kd"]
-    assert rows[2][1:] == [r"mobilenetv2\_fpn", r"resnet18\_fpn"]
-    assert rows[5][1:] == ["--", r"46.1 $\pm$ 1.1 ($+5.1$)$^\uparrow$"]
-    assert rows[6][1] == r"51.1 $\pm$ 1.1 ($+10.1$)$^\uparrow$"  # the only method of its column is not called the best
+    assert [row[0] for row in rows] == ["", "method", "teacher", "baseline", "cwd", "kd"]
+    assert [head.split()[0] for head in rows[0][1:]] == ["(1)", "(2)"]
+    assert rows[1][1:] == [r"mIoU, \%", r"mIoU, \%"]
+    assert re.findall(r"Column (\d): teacher .*, student (.*) \(", text) == [
+        ("1", r"mobilenetv2\_fpn"),
+        ("2", r"resnet18\_fpn"),
+    ]
+    assert rows[4][1:] == ["--", r"46.1 $\pm$ 1.1 ($+5.1$)$^\uparrow$"]
+    assert rows[5][1] == r"51.1 $\pm$ 1.1 ($+10.1$)$^\uparrow$"  # the only method of its column is not called the best
     assert "Column 2: Verdicts: paired t-tests" in text
 
 
