@@ -94,15 +94,24 @@ function lineChart(series, title, xTitle, yTitle) {
   return svg;
 }
 
+/** What an interval's end looks like: a stroke across, or an arrow where it goes on beyond the figure. */
+const whiskerEnd = (place, middle, cut, way) =>
+  cut ? `M${place - 6 * way} ${middle - 5}l${6 * way} 5l${-6 * way} 5` : `M${place} ${middle - 5}v10`;
+
 /** Bars with 95 % intervals. Each has `name`, `value`, `low`, `high`, `verdict`, `why`; marks are [value, text]. */
 function barChart(bars, title, xTitle, marks, unit) {
   const left = 24 + Math.min(230, 7.2 * Math.max(8, ...bars.map((bar) => bar.name.length)));
   const [width, line, top] = [Math.max(560, left + 360), 27, 34];
   const bottom = top + line * bars.length + 6;
   const svg = canvas(width, bottom + 46, title);
-  const values = bars.flatMap((bar) => [bar.value, bar.low, bar.high]).filter((value) => value !== null);
-  const reach = [...values, ...marks.map((mark) => mark[0]), 0];
-  const xTicks = ticks(Math.min(...reach), Math.max(...reach), 6);
+  // Two seeds can give intervals a hundred times as wide as all bars together, which would be lines beside them.
+  const core = [...bars.map((bar) => bar.value).filter((value) => value !== null), ...marks.map((mark) => mark[0]), 0];
+  const [least, most] = [Math.min(...core), Math.max(...core)];
+  const known = (value, other) => (value === null ? other : value);
+  const lowest = Math.min(least, ...bars.map((bar) => known(bar.low, least)));
+  const highest = Math.max(most, ...bars.map((bar) => known(bar.high, most)));
+  const span = most - least || Infinity;
+  const xTicks = ticks(Math.max(lowest, least - span), Math.min(highest, most + span), 6);
   const right = width - 96;
   const x = (value) => left + ((value - xTicks[0]) / (xTicks.at(-1) - xTicks[0])) * (right - left);
   tickLabels(xTicks).forEach((label, index) => {
@@ -133,15 +142,12 @@ function barChart(bars, title, xTitle, marks, unit) {
       const [from, to] = [x(Math.min(0, bar.value)), x(Math.max(0, bar.value))];
       group.append(draw("rect", { x: from, y: middle - 8, width: Math.max(1, to - from), height: 16, rx: 2 }));
       if (bar.low !== null) {
-        const [low, high] = [x(bar.low), x(bar.high)];
-        group.append(
-          draw("path", {
-            class: "whisker",
-            d: `M${low} ${middle}H${high}M${low} ${middle - 5}v10M${high} ${middle - 5}v10`,
-          }),
-        );
+        const cut = [bar.low < xTicks[0], bar.high > xTicks.at(-1)];
+        const [low, high] = [cut[0] ? left : x(bar.low), cut[1] ? right : x(bar.high)];
+        const ends = whiskerEnd(low, middle, cut[0], -1) + whiskerEnd(high, middle, cut[1], 1);
+        group.append(draw("path", { class: "whisker", d: `M${low} ${middle}H${high}${ends}` }));
       }
-      const end = Math.max(to, bar.high === null ? 0 : x(bar.high));
+      const end = Math.max(to, bar.high === null ? 0 : Math.min(right, x(bar.high)));
       group.append(
         draw(
           "text",

@@ -38,7 +38,7 @@ function gapFigure(block, rows) {
   if (gap) {
     const caption =
       "0 is the baseline, 100 the teacher. Whiskers: 95 % intervals over paired seeds (Fieller), " +
-      "not corrected for the number of methods.";
+      "not corrected for the number of methods; an arrow where one goes on beyond the figure.";
     const marks = [
       [0, "baseline"],
       [100, "teacher"],
@@ -55,7 +55,8 @@ function gapFigure(block, rows) {
   const single = methods.some((row) => row.interval && row.over === "images");
   const caption =
     "No teacher's score above the baseline's is known, so there is no gap: this is the difference in points. " +
-    `Whiskers: 95 % intervals over paired seeds${single ? ", of a single seed over images" : ""}.`;
+    `Whiskers: 95 % intervals over paired seeds${single ? ", of a single seed over images" : ""}; an arrow where one ` +
+    "goes on beyond the figure.";
   return figure(
     "Difference to the baseline",
     caption,
