@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of experiments into pages, each between its two marks, from committed records and nothing else.
+"""Writes the tables of experiments into pages, each between its two marks, and the figures of some of them.
+
+From committed records and nothing else:
 
 python docs/tables.py
 """
@@ -10,6 +12,7 @@ import re
 from pathlib import Path
 
 from kdlvfm.reporting.collect import collect
+from kdlvfm.reporting.plot import draw_differences
 from kdlvfm.reporting.record import Record
 from kdlvfm.reporting.render import to_markdown
 from kdlvfm.reporting.tables import summarise
@@ -18,11 +21,14 @@ ROOT = Path(__file__).parents[1]
 # Page, experiment, the split that its table compares.
 TABLES = [
     ("README.md", "demo", "test"),
+    ("docs/benchmarks.md", "bccd", "test"),
     ("docs/detection.md", "demo_detection", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
     ("experiments/bccd/README.md", "bccd", "test"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
 ]
+# Experiments whose figure is docs/images/NAME.svg.
+FIGURES = ["bccd"]
 
 
 def records_of(experiment: str) -> list[Record]:
@@ -60,3 +66,7 @@ if __name__ == "__main__":
     for place in TABLES:
         (ROOT / place[0]).write_text(filled(*place), encoding="utf-8")
         print(f"wrote {place[0]}")
+    for name in FIGURES:
+        picture = ROOT / "docs" / "images" / f"{name}.svg"
+        draw_differences(summarise(records_of(name)), [picture])
+        print(f"wrote {picture.relative_to(ROOT)}")

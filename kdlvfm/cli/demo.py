@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     print_table([out], out=out)
     picture = _picture([cell for cell in sweep.cells if cell.seed == 0], out / "predictions.png")
     print(
-        f"wrote  {out}/: a record.json for each run, table.md, table.csv, table.tex"
+        f"wrote  {out}/: a record.json for each run, table.md, table.csv, table.tex, figure.svg"
         + (", predictions.png" if picture else "")
     )
     if options.seeds < 3:

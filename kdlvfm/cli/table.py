@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from kdlvfm.reporting.record import Record
     from kdlvfm.reporting.tables import Table
 
-_OUT = "also write table.md, table.csv (all columns) and table.tex there; with --cost cost.md and cost.tex too"
+_OUT = (
+    "also write table.md, table.csv (all columns), table.tex and the differences as figure.svg and figure.pdf there; "
+    "with --cost cost.md and cost.tex too"
+)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -68,7 +71,7 @@ def print_table(
         split: the split whose metrics are compared.
         metric: the metric compared; `None`: the primary one of the task.
         form: what is printed, one of the choices of `--format`.
-        out: folder for the table as Markdown, CSV and LaTeX.
+        out: folder for the table as Markdown, CSV and LaTeX, and for its figure.
         source: where the records are to be found, as a model-index says.
         cost: what was spent is shown in place of what was reached, and written beside it.
 
@@ -77,6 +80,7 @@ def print_table(
     """
     from kdlvfm.reporting.collect import collect
     from kdlvfm.reporting.latex import to_latex
+    from kdlvfm.reporting.plot import draw_differences
     from kdlvfm.reporting.render import to_csv, to_markdown, to_rich
     from kdlvfm.reporting.tables import summarise
 
@@ -106,6 +110,7 @@ def print_table(
         (out / "table.md").write_text(to_markdown(table), encoding="utf-8")
         (out / "table.csv").write_text(to_csv(table), encoding="utf-8")
         (out / "table.tex").write_text(to_latex(table), encoding="utf-8")
+        draw_differences(table, [out / "figure.svg", out / "figure.pdf"])
         if cost:
             (out / "cost.md").write_text(to_markdown(table, cost=True), encoding="utf-8")
             (out / "cost.tex").write_text(to_latex(table, cost=True), encoding="utf-8")

@@ -44,6 +44,8 @@ def test_it_is_written_where_asked(kdlvfm, study, tmp_path):
     ended = kdlvfm("table", study, "--format", "markdown", "--out", tmp_path / "paper")
     assert (tmp_path / "paper/table.md").read_text() == ended.out
     assert (tmp_path / "paper/table.csv").read_text() == kdlvfm("table", study, "--format", "csv").out
+    assert (tmp_path / "paper/figure.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "paper/figure.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_one_seed_is_compared_over_images(kdlvfm, study):
