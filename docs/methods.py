@@ -34,7 +34,7 @@ Every method is chosen by `distiller=<name>`; its options are the arguments of i
   far below 1 it hardly teaches, far above it drowns the task. After 60 steps from random weights in
   [this experiment](../experiments/zoo_smoke/README.md); another task, teacher or stage of training has other values,
   which [diagnostics](concepts.md#diagnostics) show. `distiller.loss_weight=` changes it.
-- *seg*, *det*, *dif*: segmentation, detection, diffusion.
+- *seg*, *det*, *dif*, *rep*: segmentation, detection, diffusion, [representation](unlabelled.md) without labels.
 
 Cells are blank where nothing was measured: both measurements are of segmentation, which methods for detectors or for
 diffusion alone do not do, and DeiT needs a student with a distillation token.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Cell:
     module: DistillationModule
     cache: RunCache | None = None
 
+
+_TASKS = {"masks": "segmentation", "boxes": "detection", "images": "diffusion", "no labels": "representation"}
 
 # Least value of each whole number that a run is carried out by; Hydra takes any word for a value.
 _WHOLE = {
@@ -82,35 +85,52 @@ def build_data(config: Mapping[str, Any]) -> SampleData:
     return data
 
 
-def build_task(config: Mapping[str, Any], data: SampleData) -> Task:
+def check_truth(config: Mapping[str, Any], data: SampleData) -> None:
+    """Raise `CommandError` for a task that learns from another kind of ground truth than the data has."""
+    truth = _class_of(config["task"]).truth
+    if truth != data.truth:
+        raise CommandError(
+            f"{data.name} has {data.truth} and this task learns from {truth}: set task={_TASKS[data.truth]}, or choose "
+            "other data."
+        )
+
+
+def build_task(config: Mapping[str, Any], data: SampleData, teacher: Teacher | None = None) -> Task:
     """The task for the classes of the data.
 
+    Args:
+        config: of the run.
+        data: of the run.
+        teacher: of the run, for a task that measures by it.
+
     Raises:
-        CommandError: it learns from another kind of ground truth than the data has.
+        CommandError: it learns from another kind of ground truth than the data has, or a wrong argument.
     """
+    check_truth(config, data)
     node, known = dict(config["task"]), {"num_classes": data.num_classes, "class_names": data.class_names}
     if "judge" in node:
-        known["judge"] = build_teacher(node.pop("judge"), data.class_names)
+        judge = node.pop("judge")
+        known["judge"] = teacher if judge is None else build_teacher(judge, data.class_names)
     try:
         task: Task = instantiate({**node, "_partial_": True})(**known)
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
-    if task.truth != data.truth:
-        fitting = {"masks": "segmentation", "boxes": "detection", "images": "diffusion"}[data.truth]
-        raise CommandError(
-            f"{data.name} has {data.truth} and this task learns from {task.truth}: set task={fitting}, or choose other "
-            "data."
-        )
     return task
 
 
+def _class_of(node: Mapping[str, Any]) -> Any:
+    from hydra.utils import get_class
+
+    return get_class(node["_target_"])
+
+
 def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
-    """The student, with a head for the number of classes.
+    """The student, with a head for the number of classes, or an encoder without one.
 
     Its encoder may come from the list of teachers, whose `input_size` only a `Teacher` can follow.
 
     Raises:
-        CommandError: a wrong argument.
+        CommandError: a wrong argument, or a head and no classes.
     """
     encoder = node.get("encoder")
     if isinstance(encoder, Mapping) and "input_size" in encoder:
@@ -119,7 +139,13 @@ def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
                 "student.encoder.input_size is for teachers; a student sees images as the data has them."
             )
         node = {**node, "encoder": {key: value for key, value in encoder.items() if key != "input_size"}}
-    student: FeatureModel = instantiate(node, num_classes=num_classes)
+    has_head = "num_classes" in inspect.signature(_class_of(node)).parameters
+    if has_head and not num_classes:
+        raise CommandError(
+            "this student has a head, and the data has no classes for it: choose an encoder alone, student=resnet18 or "
+            "student=timm student.name=NAME."
+        )
+    student: FeatureModel = instantiate(node, **({"num_classes": num_classes} if has_head else {}))
     return student
 
 
@@ -185,6 +211,16 @@ def _at_levels(node: Mapping[str, Any]) -> dict[str, Any]:
     return {**node, "_target_": f"{build_at_levels.__module__}.{build_at_levels.__name__}", "method": method}
 
 
+def check_teaching(distiller: Distiller, task: Task) -> None:
+    """Raise `CommandError` if the task has no loss and the distiller does not stand in for it."""
+    if not task.has_loss and (distiller.needs_truth or not distiller.teacher_taps):
+        lack = "needs ground truth" if distiller.needs_truth else "reads nothing of the teacher"
+        raise CommandError(
+            f"{type(distiller).__name__} {lack}, and without labels there is nothing else to learn from: "
+            "kdlvfm list distiller --task representation shows methods that do."
+        )
+
+
 def build_plans(recipe: Mapping[str, Any]) -> Plans:
     """Optimizer plans of all groups; a group's plan takes from the recipe what it does not set itself."""
     names = ("optimizer", "schedule", "warmup_steps", "clip_norm")
@@ -213,11 +249,12 @@ def build(config: Mapping[str, Any]) -> Cell:
     recipe, trainer = config["recipe"], config["trainer"]
     check_distiller(config["choices"])
     data = build_data(config)
+    check_truth(config, data)
     data.views = config["teacher_cache"]["views"]
-    task = build_task(config, data)
     torch.manual_seed(config["seed"])
     student = build_student(config["student"], data.num_classes)
     teacher = build_teacher(config["teacher"], data.class_names)
+    task = build_task(config, data, teacher)
     try:
         task.student_taps(student)
         context = Context(
@@ -233,6 +270,7 @@ def build(config: Mapping[str, Any]) -> Cell:
         # Seeded anew: a projector's initial weights must not depend on which networks were built before it.
         torch.manual_seed(config["seed"] + 1)
         distiller = build_distiller(config["distiller"], context)
+        check_teaching(distiller, task)
         check_fit(student, distiller, teacher, data.num_classes, trainer["precision"], trainer["accelerator"])
         check_schedule(
             steps=recipe["steps"],

@@ -225,4 +225,5 @@ def _source(store: CacheStore, data_root: str | None, device: str) -> FeatureSou
         place = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return FeatureSource(data, build_task(config, data), teacher, place, str(expected["precision"]), data.batch_size)
+    task = build_task(config, data, teacher)
+    return FeatureSource(data, task, teacher, place, str(expected["precision"]), data.batch_size)

@@ -40,15 +40,19 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from kdlvfm.cli.build import build_data, build_task
+    from kdlvfm.cli.build import build_data, build_task, build_teacher
     from kdlvfm.cli.config import check_targets
-    from kdlvfm.cli.runs import find_device, load_student, read_run
+    from kdlvfm.cli.runs import FROM_RUN, find_device, load_student, read_run
     from kdlvfm.reporting.reading import reading_of
     from kdlvfm.training.fit import evaluate
 
     record = read_run(options.run)
     config = {part: dict(record["config"][part]) for part in ("data", "task")}
-    check_targets(config, options.run / "record.json")
+    if "judge" in config["task"] and config["task"]["judge"] is None:  # it measures by the run's teacher
+        if record["teacher"]["weights"] == "random":
+            raise CommandError("the run is measured by its teacher, whose random weights cannot be had a second time.")
+        config["teacher"] = dict(record["config"]["teacher"])
+    check_targets(config, options.run / "record.json", trusted=(FROM_RUN,))
     if options.data_root is not None:
         config["data"]["root"] = options.data_root
     data = build_data(config)
@@ -58,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         print("note: this data is not what the run saw (its split hash differs).")
     device = find_device(options.device)
     student = load_student(options.run, record)
-    task = build_task(config, data)
+    task = build_task(config, data, build_teacher(config.get("teacher"), data.class_names))
     if options.time is not None:
         _print_time(student.to(device), task, record, options.time)
         return 0

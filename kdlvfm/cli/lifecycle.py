@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of one run: its folder, its record, training, evaluation, and what it says to the user."""
+"""The life of one run: its record, training, evaluation, and what it says to the user."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import torch
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import Cell, build, check_numbers
 from kdlvfm.cli.config import instantiate
-from kdlvfm.cli.lock import LOCK, RunLock, leads
+from kdlvfm.cli.lock import RunLock, leads
 from kdlvfm.cli.measure import measure, whole_forward, write_weights
+from kdlvfm.cli.run_folder import checkpoint_of, earlier_record, method_name, run_folder
 from kdlvfm.reporting import record as records
 from kdlvfm.reporting.cost import count_macs, count_parameters
 from kdlvfm.reporting.reading import reading_of
@@ -50,10 +51,14 @@ def train(config: dict[str, Any], overrides: Sequence[str]) -> int:
 
 def _is_finished(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether nothing is left to do; it says so."""
-    earlier = _earlier(path, config)
+    earlier = earlier_record(path, config)
     if earlier is None or earlier["status"] != "finished":
         return False
     print(f"{path.parent} is finished; nothing to do.")
+    # Where data lies is no part of a run's identity, so that it may be moved; other data are another run.
+    before, now = (str(part["data"].get("root")) for part in (earlier["config"], config))
+    if before != now:
+        print(f"note       its data lay in {before}; if {now} holds other data, choose another folder with out=FOLDER.")
     _closing(path.parent, earlier)
     return True
 
@@ -61,8 +66,13 @@ def _is_finished(path: Path, config: Mapping[str, Any]) -> bool:
 def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folder: Path) -> int:
     """Training, evaluation and what is written about them."""
     path, lead = folder / "record.json", leads()
-    earlier = _earlier(path, config)
+    earlier = earlier_record(path, config)
     record = _opening_record(config, overrides, cell, earlier)
+    if earlier and checkpoint_of(folder).exists() and earlier["data"]["split_hash"] != record["data"]["split_hash"]:
+        raise CommandError(
+            f"{folder} holds a run that began on other images or labels than these (another split hash); choose "
+            "another folder with out=FOLDER."
+        )
 
     def save(**fields: Any) -> None:
         record.update(fields)
@@ -123,46 +133,6 @@ def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folde
     return 0
 
 
-def run_folder(config: Mapping[str, Any]) -> Path:
-    """The folder of a run: `out`, or a name made of its choices, its seed and its hash."""
-    if config["out"] is not None:
-        return Path(str(config["out"]))
-    choices = config["choices"]
-    name = f"{_name(config)}-{choices['teacher']}-seed{config['seed']}-{records.config_hash(config)[:6]}"
-    name = name.replace(":", "-")  # a colon is no part of a file's name on every system
-    return Path("runs", str(choices["data"]), str(choices["student"]), name)
-
-
-def _name(config: Mapping[str, Any]) -> str:
-    """The distiller, and of a baseline that trains as long as a method that one too."""
-    longer = f"-as-long-as-{config['equal_time']['method']}" if config["equal_time"] else ""
-    return f"{config['choices']['distiller']}{longer}"
-
-
-def _earlier(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of an earlier start of the same run; an error if the folder holds another run."""
-    if path.parent.exists() and not path.parent.is_dir():
-        raise CommandError(f"{path.parent} is a file; choose a folder with out=FOLDER.")
-    if not path.exists():
-        # On a cluster the processes of a run start at once, and the first one may have begun to write.
-        if leads() and path.parent.exists() and any(file.name != LOCK for file in path.parent.iterdir()):
-            raise CommandError(f"{path.parent} holds other files and no run; choose another folder with out=FOLDER.")
-        return None
-    try:
-        record = records.read_record(path)
-    except records.RecordError as error:
-        raise CommandError(f"{error} Choose another folder with out=FOLDER, or remove this one.") from error
-    if record["config_hash"] != records.config_hash(config):
-        if record["status"] == "failed" and not (path.parent / "checkpoints" / "last.ckpt").exists():
-            return None  # it never got anywhere: the corrected command may have its place
-        changed = records.differences(record["config"], config)
-        shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-        raise CommandError(
-            f"{path.parent} holds a run of a different configuration ({shown}); choose another folder with out=FOLDER."
-        )
-    return record
-
-
 def _opening_record(
     config: Mapping[str, Any], overrides: Sequence[str], cell: Cell, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -173,7 +143,7 @@ def _opening_record(
         "schema": records.SCHEMA,
         "status": "running",
         "error": None,
-        "name": f"{_name(config)}-seed{config['seed']}",
+        "name": f"{method_name(config)}-seed{config['seed']}",
         "started": earlier["started"] if earlier else records.now(),
         "ended": None,
         "command": ["kdlvfm", "train", *overrides],
@@ -209,6 +179,7 @@ def _opening_record(
             "licence": cell.data.licence,
             "split_hash": cell.data.split_hash(),
             "counts": cell.data.counts(),
+            "labels": cell.data.labels(),
         },
         "steps": config["recipe"]["steps"],
         "batch_size": config["recipe"]["batch_size"],
@@ -256,6 +227,10 @@ def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
             f"steps      {longer['steps']} instead of {longer['recipe_steps']}: a step of {longer['method']} took "
             f"{longer['factor']:.2f} times as long as one of the baseline"
         )
+    made = cell.data.labels()
+    if made is not None:
+        splits = ", ".join(made["images"])
+        print(f"labels     of {splits} made by {made['teacher']['name']}, {made['confidence']:g} or surer")
     print(f"data       {cell.data.name}, {json.dumps(cell.data.counts())[1:-1].replace(chr(34), '')}")
     print(f"run        {folder}")
 
@@ -269,7 +244,10 @@ def _closing(folder: Path, record: Mapping[str, Any]) -> None:
     more = f", {per_image['file']}" if per_image else ""
     print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt{more}")
     split = "" if "test" in record["metrics"] else " --split val"
-    print(f"next       kdlvfm table {folder.parent}{split}    or    kdlvfm evaluate {folder} --split val")
+    then = f"kdlvfm evaluate {folder} --split val"
+    if record["data"]["classes"] == []:
+        then = f"a task with labels: kdlvfm train data=NAME student.checkpoint={folder}/student.safetensors"
+    print(f"next       kdlvfm table {folder.parent}{split}    or    {then}")
 
 
 def _cost(

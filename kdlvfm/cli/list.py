@@ -27,7 +27,9 @@ def run(arguments: Sequence[str]) -> int:
         prog="kdlvfm list", description="Names for `kdlvfm train`, with the licence of the weights or data, and papers."
     )
     parser.add_argument("group", nargs="?", choices=tuple(_SHOWN), help="show this group only")
-    parser.add_argument("--task", help="distillers for this task only: segmentation, detection or diffusion")
+    parser.add_argument(
+        "--task", help="distillers for this task only: segmentation, detection, diffusion or representation"
+    )
     parser.add_argument("--names", action="store_true", help="names alone, comma-separated, as -m takes them")
     chosen = parser.parse_args(arguments)
     group, task = chosen.group, chosen.task

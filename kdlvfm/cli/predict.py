@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kdlvfm.core import FeatureModel, Task
+    from kdlvfm.core import FeatureModel, Task, Teacher
     from kdlvfm.data.base import SampleData
     from kdlvfm.reporting.canvas import Colour
     from kdlvfm.reporting.figures import Objects
@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
     pictures = {name: out / Path(name).with_suffix(".png") for name in images}
     maps = {name: out / "masks" / Path(name).with_suffix(".png") for name in images} if options.masks else {}
     _check_outputs([*pictures.values(), *maps.values(), *([out / _DETECTIONS] if boxes else [])], out, options.force)
-    _check_readable([*images.values()])
+    check_readable([*images.values()])
     data: SampleData = instantiate(config["data"])  # which reads no file before it is asked for samples
     model = _Model(load_student(options.run, record).to(device), task, data, device, classes, _palette(data, classes))
 
@@ -150,7 +150,7 @@ def find_images(given: Iterable[Path], out: Path) -> tuple[dict[str, Path], int]
         for name, file in files.items():
             other = taken.setdefault(Path(name).with_suffix("").as_posix(), file)
             if other != file:
-                raise CommandError(f"{other} and {file} would have one picture: predict them into two folders (--out).")
+                raise CommandError(f"{other} and {file} would have one name in --out: give each a folder of its own.")
             images[name] = file
     if not images:
         raise CommandError(f"there is no image in {', '.join(map(str, given))} ({', '.join(IMAGE_SUFFIXES)}).")
@@ -171,24 +171,33 @@ def _check_outputs(files: Sequence[Path], out: Path, force: bool) -> None:
         )
 
 
-def _check_readable(files: Sequence[Path]) -> None:
-    """Raise `CommandError`, naming them, if there are files that are no images, or broken ones."""
+def check_readable(files: Sequence[Path]) -> list[str]:
+    """Read all images; SHA-256, in hexadecimal, of each file.
+
+    Raises:
+        CommandError: some are no images, or broken ones; it names them.
+    """
     from kdlvfm.data.base import DataError
-    from kdlvfm.data.images import decode, read_bytes
+    from kdlvfm.data.images import decode, read_bytes, sha256
 
-    def problem(file: Path) -> str | None:
+    broken: list[str] = []
+
+    def digest(file: Path) -> str:
         try:
-            decode(file, read_bytes(file))
+            content = read_bytes(file)
+            decode(file, content)
         except DataError as error:
-            return str(error)
-        return None
+            broken.append(str(error))
+            return ""
+        return sha256(content)
 
-    # Decoding releases the interpreter lock, so threads do share the work.
+    # Decoding and hashing release the interpreter lock, so threads do share the work.
     with ThreadPoolExecutor(8) as pool:
-        broken = [found for found in pool.map(problem, files) if found is not None]
+        digests = [*pool.map(digest, files)]
     if broken:
         first = f"{len(broken)} of {len(files)} images cannot be read; nothing was written"
-        raise CommandError("\n  ".join([first, *broken]))
+        raise CommandError("\n  ".join([first, *sorted(broken)]))
+    return digests
 
 
 def _palette(data: SampleData, classes: Sequence[str]) -> Sequence[Colour]:
@@ -212,49 +221,68 @@ def _draw_masks(
     from kdlvfm.training.fit import predict
 
     for name, path in images:
-        image = _read(path).float() / 255
+        image = read(path).float() / 255
         with torch.no_grad():
             mask = predict(model.student, model.task, image[None].to(model.device), None)[0].cpu()
         mask_overlay(image, mask, model.classes, model.palette, pictures[name])
         if name in maps:
-            _write_map(mask, model.palette, maps[name])
+            write_map(mask, model.palette, maps[name])
 
 
 def _draw_boxes(
     model: _Model, images: Iterable[tuple[str, Path]], pictures: Mapping[str, Path], least: float
 ) -> dict[str, tuple[tuple[int, int], Objects]]:
     """Write a picture for each image; its height and width, and its objects with a score of `least` or more."""
-    import torch
-
-    from kdlvfm.data.boxes import fitting_factor, make_boxes, resize
     from kdlvfm.reporting.figures import above
     from kdlvfm.reporting.overlays import box_overlay
-    from kdlvfm.training.fit import predict
 
     found: dict[str, tuple[tuple[int, int], Objects]] = {}
     for name, path in images:
-        image = _read(path)
-        before = (image.shape[-2], image.shape[-1])
-        # In the size of the data, and padded as its batches are.
-        fitted, _ = resize((image, make_boxes([], [])), fitting_factor(before, model.data.resize))
-        size = torch.tensor(fitted.shape[-2:])
-        batch = model.data.collate([{"image": fitted.float() / 255, "target": {"size": size}, "index": 0}])
-        with torch.no_grad():
-            (objects,) = predict(model.student, model.task, batch["image"].to(model.device), batch["target"])
-        objects = {key: value.cpu() for key, value in objects.items()}
-        scale = (size / torch.tensor(before)).flip(0).repeat(2)
-        found[name] = before, above(objects | {"boxes": objects["boxes"] / scale}, least)
+        image = read(path)
+        objects = detect(model.student, model.task, image, model.data.resize, model.device)
+        found[name] = (image.shape[-2], image.shape[-1]), above(objects, least)
         box_overlay(image.float() / 255, found[name][1], model.classes, model.palette, pictures[name])
     return found
 
 
-def _read(path: Path) -> Tensor:
+def detect(
+    model: FeatureModel | Teacher, task: Task, image: Tensor, limits: Sequence[int] | None, device: torch.device
+) -> Objects:
+    """The objects in an image, in its pixels, as a detector sees it that learned from images resized to `limits`.
+
+    Args:
+        model: a detector.
+        task: detection.
+        image: uint8 (3, H, W).
+        limits: short and long side in pixels, as `DetectionData` has them; `None` for the image's own size.
+        device: that of the model.
+    """
+    import torch
+
+    from kdlvfm.data.boxes import fitting_factor, make_boxes, resize
+    from kdlvfm.data.detection import DetectionData
+    from kdlvfm.training.fit import predict
+
+    before = (image.shape[-2], image.shape[-1])
+    fitted, _ = resize((image, make_boxes([], [])), fitting_factor(before, limits))
+    size = torch.tensor(fitted.shape[-2:])
+    # Padded as batches of data are.
+    batch = DetectionData.collate([{"image": fitted.float() / 255, "target": {"size": size}, "index": 0}])
+    with torch.no_grad():
+        (found,) = predict(model, task, batch["image"].to(device), batch["target"])
+    objects = {key: value.cpu() for key, value in found.items()}
+    scale = (size / torch.tensor(before)).flip(0).repeat(2)
+    return objects | {"boxes": objects["boxes"] / scale}
+
+
+def read(path: Path) -> Tensor:
+    """An image as one sees it, uint8 (3, H, W)."""
     from kdlvfm.data.images import decode, pixels, read_bytes
 
     return pixels(decode(path, read_bytes(path)))
 
 
-def _write_map(mask: Tensor, palette: Sequence[Colour], path: Path) -> None:
+def write_map(mask: Tensor, palette: Sequence[Colour], path: Path) -> None:
     """Write the classes (H, W) as a PNG of one channel that shows them in their colours."""
     import torch
     from PIL import Image

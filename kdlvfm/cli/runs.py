@@ -18,6 +18,7 @@ from kdlvfm.core import FeatureModel
 from kdlvfm.reporting.record import Record, RecordError, read_record
 
 WEIGHTS = "student.safetensors"
+FROM_RUN = "kdlvfm.cli.runs.teacher_from_run"  # which makes the same checks on that run as are made on this one
 
 
 def read_run(folder: Path) -> Record:

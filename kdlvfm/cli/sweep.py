@@ -19,8 +19,8 @@ from typing import Any
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import GROUPS, Launcher, compose_cell
-from kdlvfm.cli.lifecycle import run_folder
 from kdlvfm.cli.lock import owner
+from kdlvfm.cli.run_folder import run_folder
 from kdlvfm.reporting.record import RecordError, config_hash, read_record
 
 SCHEMA = "kdlvfm.sweep/1"

@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         "--out", type=Path, metavar="FILE", help="(default: synthetic.png, in the folder of the run if there is one)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.images < 1 or options.steps < 0:
         raise CommandError("--images must be at least 1, and --steps at least 0.")
     folder = Path(options.what[0]) if len(options.what) == 1 and "=" not in options.what[0] else None

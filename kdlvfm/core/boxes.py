@@ -40,6 +40,11 @@ def read_boxes(target: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def labelled_images(target: Any) -> list[int]:
+    """Positions in a batch of the images whose objects are known: those without `"labelled"`, or where it is true."""
+    return [i for i, image in enumerate(target) if "labelled" not in image or bool(image["labelled"])]
+
+
 def giou_of_distances(first: Tensor, second: Tensor) -> Tensor:
     """Generalised IoU, from -1 to 1, of two boxes around each position: distances (B, 4, ...) to (B, ...).
 

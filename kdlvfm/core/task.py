@@ -34,12 +34,16 @@ class Task(ABC):
     Attributes:
         primary_metric: the metric that tables compare and selection maximises, or minimises where it is a distance.
         distances: metrics that are plain numbers, of which less is better; all others are fractions, of which more is.
-        truth: what ground truth it learns from, `"masks"`, `"boxes"` or `"images"`; data must have the same.
+        truth: what ground truth it learns from, `"masks"`, `"boxes"`, `"images"` or `"no labels"`; data must have the
+            same.
+        has_loss: `loss` has terms. Where it has none all teaching is the distiller's, and may leave out parts of the
+            student.
     """
 
     primary_metric: str
     distances: tuple[str, ...] = ()
     truth: str
+    has_loss: bool = True
 
     @abstractmethod
     def student_taps(self, student: FeatureModel) -> tuple[str, ...]:

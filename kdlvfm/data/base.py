@@ -127,6 +127,10 @@ class SampleData(LightningDataModule, ABC):
             DataError: a sample that cannot be used, or batches that cannot be filled.
         """
 
+    def labels(self) -> dict[str, Any] | None:
+        """Which teacher made labels of this data, for the run record, see `kdlvfm.data.labels`; `None` for none."""
+        return None
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""

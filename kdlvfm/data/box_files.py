@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from abc import abstractmethod
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kdlvfm.data.base import DataError
-from kdlvfm.data.boxes import Boxes, Sample
+from kdlvfm.data.boxes import Boxes, Sample, make_boxes
 from kdlvfm.data.detection import DetectionData, Samples
+from kdlvfm.data.image_folder import ImageFolder
 from kdlvfm.data.images import decode, image_size, pixels, read_bytes
 from kdlvfm.data.palette import distinct_colours
 
@@ -51,6 +53,8 @@ class BoxFileData(DetectionData):
         bad_boxes: what happens if a box has no area, or lies outside its image by more than a pixel: `"error"` refuses
             the data set, `"drop"` leaves the box out, and the record says how many there were.
         check_images: decode every image before a run; `False` reads only the beginning of each file.
+        unlabelled: a folder, relative to `root`, of further training images whose objects are not known; those that a
+            split names are passed over. `None` for none.
         **loading: see `DetectionData`.
 
     Attributes:
@@ -70,6 +74,7 @@ class BoxFileData(DetectionData):
         licence: str | None = None,
         bad_boxes: Literal["error", "drop"] = "error",
         check_images: bool = True,
+        unlabelled: str | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
@@ -80,6 +85,7 @@ class BoxFileData(DetectionData):
         self.licence = licence
         self._drop = bad_boxes == "drop"
         self._check_images = check_images
+        self._unlabelled = None if unlabelled is None else self.root / unlabelled
         self._found: dict[str, list[Entry]] = {}
         self._dropped = 0
 
@@ -127,6 +133,14 @@ class BoxFileData(DetectionData):
         """Samples of a split; images are read on access."""
         return _FileSamples(self.entries(split))
 
+    def unlabelled_samples(self) -> Samples | None:
+        """Images of the folder `unlabelled`, read on access.
+
+        Raises:
+            DataError: it is missing, or holds no image beside those of the splits.
+        """
+        return None if self._unlabelled is None else _FileSamples(self._further)
+
     def check(self) -> None:
         """Read all annotations and all images.
 
@@ -157,6 +171,8 @@ class BoxFileData(DetectionData):
                 )
         if not any(len(entry.boxes) for entry in self.entries("train")):
             raise DataError(f"{self.name} has no box in 'train': there is nothing to learn.")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(self._size, self._further))
         super().check()
 
     def counts(self) -> dict[str, int]:
@@ -173,7 +189,20 @@ class BoxFileData(DetectionData):
                 digest.update(f"{split} {name} {length}\n".encode())
                 for part in vars(entry.boxes).values():
                     digest.update(part.numpy().tobytes())
+        for entry in self._further:
+            digest.update(f"unlabelled {entry.image.name} {entry.image.stat().st_size}\n".encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def _further(self) -> list[Entry]:
+        """The unlabelled images."""
+        if self._unlabelled is None:
+            return []
+        named = {entry.image.resolve() for split in self.splits for entry in self.entries(split)}
+        paths = [path for path in ImageFolder(self._unlabelled).paths if path.resolve() not in named]
+        if not paths:
+            raise DataError(f"data.unlabelled: every image in {self._unlabelled} is one of a split; leave it out.")
+        return [Entry(path, make_boxes([], [])) for path in paths]
 
     def _size(self, entry: Entry) -> tuple[int, int]:
         if not self._check_images:

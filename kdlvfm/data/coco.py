@@ -13,6 +13,9 @@ from kdlvfm.data.base import DataError
 from kdlvfm.data.box_files import BoxFileData, Entry, check_files, listed
 from kdlvfm.data.boxes import make_boxes
 from kdlvfm.data.images import read_bytes
+from kdlvfm.data.labels import read_labels
+
+_JSON = "annotations/{}.json"
 
 
 class Coco(BoxFileData):
@@ -41,9 +44,9 @@ class Coco(BoxFileData):
         self,
         root: str | Path,
         *,
-        train: str = "annotations/train.json",
-        val: str = "annotations/val.json",
-        test: str | None = "annotations/test.json",
+        train: str = _JSON.format("train"),
+        val: str = _JSON.format("val"),
+        test: str | None = _JSON.format("test"),
         images: str | Mapping[str, str] = "images",
         classes: Sequence[str] | None = None,
         **files: Any,
@@ -66,6 +69,23 @@ class Coco(BoxFileData):
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The categories of the training split, or those chosen."""
         return self._read("train")[0]
+
+    def labels(self) -> dict[str, Any] | None:
+        """Which teacher made the boxes, where `kdlvfm label` wrote the folder and its files are the ones that are read.
+
+        Raises:
+            DataError: it has not come to its end.
+        """
+        return read_labels(self.root, [split for split, name in self._files.items() if name == _JSON.format(split)])
+
+    def check(self) -> None:
+        """Read all annotations and all images.
+
+        Raises:
+            DataError: labels that are not finished, or what `BoxFileData.check` finds.
+        """
+        self.labels()
+        super().check()
 
     def find(self, split: str) -> list[Entry]:
         """Images in the order of the json.

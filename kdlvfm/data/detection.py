@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every detection data set shares: batches of padded images and their boxes."""
+"""What every detection data set shares: batches of padded images and their boxes, with unlabelled images or without."""
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, SampleData, assigned, drawing
+from kdlvfm.data.base import Batch, DataError, KeyedDataset, assigned, drawing
 from kdlvfm.data.box_transforms import BoxAugmentation
 from kdlvfm.data.boxes import Boxes, Sample, clip, fitting_factor, resize
+from kdlvfm.data.mixed import MixedData
 from kdlvfm.data.sampler import SampleKey
 from kdlvfm.data.transforms import PAD_COLOUR
 
@@ -29,26 +31,29 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-class DetectionData(SampleData):
+class DetectionData(MixedData):
     """Loaders of a detection data set. A subclass names the classes and gives the samples.
 
     A batch is `{"image": float (B, 3, H, W) in [0, 1], "target": list, "index": int64 (B,)}`. Images keep their aspect
     ratio and are padded at the right and at the bottom, in a grey that is nearly zero after every model's own
     normalisation. The target has for each image `"boxes"`, float32 (n, 4), corners x1, y1, x2, y2 in pixels of the
     padded image; `"labels"`, int64 (n,), classes 0..K-1; and `"size"`, int64 (2,), height and width of the part that is
-    no padding. Images without objects are kept. In training, boxes of crowds are left out; in evaluation they are
-    there, with what metrics in the original pixels need: `"scale"`, float32 (2,), factors (y, x) by which the original
-    was resized; `"original_size"`, int64 (2,); `"iscrowd"`, bool (n,); `"area"`, float32 (n,), in original pixels; and
-    `"repeated"`, bool (), true for a sample that only fills up the last round of a distributed run.
+    no padding. Images without objects are kept. In training, boxes of crowds are left out, and where there are
+    unlabelled images the target also has `"labelled"`, bool (), false for an image whose objects are not known and
+    which has no boxes therefore. In evaluation crowds are there, with what metrics in the original pixels need:
+    `"scale"`, float32 (2,), factors (y, x) by which the original was resized; `"original_size"`, int64 (2,);
+    `"iscrowd"`, bool (n,); `"area"`, float32 (n,), in original pixels; and `"repeated"`, bool (), true for a sample
+    that only fills up the last round of a distributed run.
 
     Args:
         resize: length in pixels of the shorter and the longer side that images grow or shrink to, the tighter of the
             two; `None` keeps their size.
-        augmentation: applied to training samples; `None` leaves them alone.
-        **loading: see `SampleData`.
+        augmentation: applied to training samples; `None` leaves them alone. A mosaic is of samples of one part of the
+            batch.
+        **loading: see `MixedData`.
 
     Raises:
-        DataError: sizes that are not positive, or an augmentation for masks.
+        DataError: sizes that are not positive or do not fit each other, or an augmentation for masks.
     """
 
     truth = "boxes"
@@ -67,17 +72,26 @@ class DetectionData(SampleData):
 
     @abstractmethod
     def samples(self, split: str) -> Samples:
-        """Samples of `"train"`, `"val"` or `"test"`."""
+        """Labelled samples of `"train"`, `"val"` or `"test"`."""
+
+    def unlabelled_samples(self) -> Samples | None:
+        """Training samples whose objects are not known, without boxes; `None` if there are none."""
+        return None
 
     def check(self) -> None:
-        """Validate a sample of every split.
+        """Validate a sample of every part.
 
         Raises:
-            DataError: a split without samples, or a sample that cannot be used.
+            DataError: a split without samples, a sample that cannot be used, or batches that cannot be filled.
         """
         self.check_filled()
-        for split in self.splits:
-            check_sample(*self.samples(split)[0], self.num_classes, f"sample 0 of {split!r} in {self.name}")
+        parts = {split: self.samples(split) for split in self.splits}
+        unlabelled = self.unlabelled_samples()
+        if unlabelled is not None:
+            parts["unlabelled"] = unlabelled
+        for part, samples in parts.items():
+            check_sample(*samples[0], self.num_classes, f"sample 0 of {part!r} in {self.name}")
+        self.batch_parts()
 
     def check_filled(self) -> None:
         """Raise `DataError` if a split has no images."""
@@ -85,14 +99,13 @@ class DetectionData(SampleData):
             if not len(self.samples(split)):
                 raise DataError(f"{self.name} has no image in {split!r}: a run needs at least one.")
 
-    @property
-    def num_samples(self) -> int:
-        """Training images, also those without objects."""
-        return len(self.samples("train"))
-
     def counts(self) -> dict[str, int]:
-        """Number of images by split."""
-        return {split: len(self.samples(split)) if split in self.splits else 0 for split in ("train", "val", "test")}
+        """Number of images by split; with unlabelled ones, `train` is `labelled` and `unlabelled` together."""
+        found = {split: len(self.samples(split)) if split in self.splits else 0 for split in ("train", "val", "test")}
+        if not self.num_unlabelled:
+            return found
+        parts = {"labelled": self.num_labelled, "unlabelled": self.num_unlabelled}
+        return {**found, "train": self.num_samples, **parts}
 
     @staticmethod
     def collate(samples: list[Batch]) -> Batch:
@@ -111,8 +124,9 @@ class DetectionData(SampleData):
         }
 
     def training_set(self) -> KeyedDataset:
-        """Augmented samples."""
-        return _TrainingSet(self.samples("train"), self.augmentation, self.resize, self.seed)
+        """Augmented samples with and without boxes."""
+        parts = self.samples("train"), self.unlabelled_samples()
+        return _TrainingSet(*parts, self.augmentation, self.resize, self.seed)
 
     def evaluation_set(self, split: str, rank: int = 0, processes: int = 1) -> Dataset[Batch]:
         """One process's share of a split; what is missing from the last round is a sample marked as repeated."""
@@ -135,34 +149,47 @@ def check_sample(image: Tensor, boxes: Boxes, num_classes: int, what: str) -> No
 
 
 class _TrainingSet:
-    """Augmented training samples."""
+    """Augmented samples of both parts."""
 
     def __init__(
-        self, samples: Samples, augmentation: BoxAugmentation | None, limits: tuple[int, int] | None, seed: int
+        self,
+        labelled: Samples,
+        unlabelled: Samples | None,
+        augmentation: BoxAugmentation | None,
+        limits: tuple[int, int] | None,
+        seed: int,
     ) -> None:
-        self._samples = samples
+        self._labelled = labelled
+        self._unlabelled = unlabelled
         self._augmentation = augmentation
         self._limits = limits
         self._seed = seed
 
     def __getitem__(self, key: SampleKey) -> Batch:
-        sample = self._without_crowds(key.sample)
+        beyond = key.sample - len(self._labelled)
+        part, place = self._labelled, key.sample
+        if beyond >= 0 and self._unlabelled is not None:
+            part, place = self._unlabelled, beyond
+        sample = _without_crowds(part, place)
         if self._augmentation is None:
             image, boxes = clip(resize(sample, self._fit(sample[0].shape[-2:])))
         else:
             with drawing(self._seed, key):
-                image, boxes = self._augmentation(sample, self._fit, self._more)
-        return {"image": image.float() / 255, "target": _target(image, boxes), "index": key.sample}
+                image, boxes = self._augmentation(sample, self._fit, functools.partial(_more, part))
+        mark = {} if self._unlabelled is None else {"labelled": torch.tensor(beyond < 0)}
+        return {"image": image.float() / 255, "target": _target(image, boxes) | mark, "index": key.sample}
 
     def _fit(self, size: Sequence[int]) -> float:
         return fitting_factor(size, self._limits)
 
-    def _more(self, count: int) -> list[Sample]:
-        return [self._without_crowds(i) for i in torch.randint(len(self._samples), (count,)).tolist()]
 
-    def _without_crowds(self, index: int) -> Sample:
-        image, boxes = self._samples[index]
-        return image, boxes[~boxes.iscrowd]
+def _more(samples: Samples, count: int) -> list[Sample]:
+    return [_without_crowds(samples, i) for i in torch.randint(len(samples), (count,)).tolist()]
+
+
+def _without_crowds(samples: Samples, index: int) -> Sample:
+    image, boxes = samples[index]
+    return image, boxes[~boxes.iscrowd]
 
 
 class _EvaluationSet(Dataset[Batch]):

@@ -22,7 +22,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _COLUMNS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
-_UNLABELLED_FROM = 10**6  # labelled, unlabelled and streamed scenes never share an index
+UNLABELLED_FROM = 10**6  # labelled, unlabelled and streamed scenes never share an index
 STREAM_FROM = 10**9
 
 
@@ -218,8 +218,8 @@ class DigitScenes(SegmentationData):
             ("val", val, 1),
             ("test", test, 1),
         ):
-            if not least <= value <= _UNLABELLED_FROM:
-                raise DataError(f"{name}={value} scenes: choose from {least} to {_UNLABELLED_FROM}.")
+            if not least <= value <= UNLABELLED_FROM:
+                raise DataError(f"{name}={value} scenes: choose from {least} to {UNLABELLED_FROM}.")
         self.size = size
         self.labelled = labelled
         self.unlabelled = unlabelled
@@ -242,7 +242,7 @@ class DigitScenes(SegmentationData):
         """Further training scenes, masks -1."""
         if self.stream or not self.unlabelled:
             return None
-        return self._scenes("train", _UNLABELLED_FROM, self.unlabelled, labels=False)
+        return self._scenes("train", UNLABELLED_FROM, self.unlabelled, labels=False)
 
     def split_hash(self) -> str:
         """SHA-256 of the first scenes of each part, pixel by pixel, and of the number of scenes in each."""

@@ -11,7 +11,7 @@ import torch
 from kdlvfm.data.base import DataError
 from kdlvfm.data.boxes import Sample, make_boxes
 from kdlvfm.data.detection import DetectionData, Samples
-from kdlvfm.data.digit_scenes import STREAM_FROM, DigitScenes, SceneGenerator, Split
+from kdlvfm.data.digit_scenes import STREAM_FROM, UNLABELLED_FROM, DigitScenes, SceneGenerator, Split
 
 
 class DigitScenesBoxes(DetectionData):
@@ -19,7 +19,8 @@ class DigitScenesBoxes(DetectionData):
 
     Args:
         size: side of the square scenes in pixels.
-        train: training scenes.
+        train: training scenes with boxes.
+        unlabelled: further training scenes whose objects are not known.
         stream: train on none of those, but on scenes that are new in each place of each batch; meant for pre-training a
             teacher, which thus never sees the scenes that a student is trained on.
         val: validation scenes.
@@ -42,6 +43,7 @@ class DigitScenesBoxes(DetectionData):
         *,
         size: int = 128,
         train: int = 1000,
+        unlabelled: int = 0,
         stream: bool = False,
         val: int = 200,
         test: int = 400,
@@ -49,40 +51,49 @@ class DigitScenesBoxes(DetectionData):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        for split, count in (("train", train), ("val", val), ("test", test)):
-            if not 1 <= count <= STREAM_FROM:
-                raise DataError(f"{split}={count} scenes: choose from 1 to {STREAM_FROM}.")
+        parts = (("train", train, 1), ("unlabelled", unlabelled, 0), ("val", val, 1), ("test", test, 1))
+        for part, count, least in parts:
+            if not least <= count <= UNLABELLED_FROM:
+                raise DataError(f"{part}={count} scenes: choose from {least} to {UNLABELLED_FROM}.")
         first, drawn = (STREAM_FROM, self.steps * self.batch_size) if stream else (0, train)
         self._scenes = {
             "train": _Scenes("train", size, scenes_seed, first, drawn),
             "val": _Scenes("val", size, scenes_seed, 0, val),
             "test": _Scenes("test", size, scenes_seed, 0, test),
         }
+        self._unlabelled = None
+        if unlabelled and not stream:
+            self._unlabelled = _Scenes("train", size, scenes_seed, UNLABELLED_FROM, unlabelled, boxes=False)
 
     def samples(self, split: str) -> Samples:
         """Scenes of a split."""
         return self._scenes[split]
 
+    def unlabelled_samples(self) -> Samples | None:
+        """Further training scenes, without boxes."""
+        return self._unlabelled
+
     def split_hash(self) -> str:
-        """SHA-256 of the first scene of each split, pixel by pixel, and of the number of scenes in each."""
+        """SHA-256 of the first scene of each part, pixel by pixel, and of the number of scenes in each."""
         digest = hashlib.sha256(repr(self.counts()).encode())
-        for scenes in self._scenes.values():
+        for scenes in filter(None, (*self._scenes.values(), self._unlabelled)):
             image, boxes = scenes[0]
             digest.update(image.numpy().tobytes() + boxes.corners.numpy().tobytes() + boxes.labels.numpy().tobytes())
         return digest.hexdigest()
 
 
 class _Scenes:
-    """`count` scenes of a generator, from index `first` on, as tensors."""
+    """`count` scenes of a generator, from index `first` on, as tensors, with their boxes or without."""
 
-    def __init__(self, split: Split, size: int, seed: int, first: int, count: int) -> None:
+    def __init__(self, split: Split, size: int, seed: int, first: int, count: int, *, boxes: bool = True) -> None:
         self._generator = SceneGenerator(split, size=size, seed=seed)
         self._indices = range(first, first + count)
+        self._boxes = boxes
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int, /) -> Sample:
         scene = self._generator.scene(self._indices[index])
-        boxes = make_boxes(scene.boxes.tolist(), (scene.labels - 1).tolist())
+        boxes = make_boxes(scene.boxes.tolist(), (scene.labels - 1).tolist()) if self._boxes else make_boxes([], [])
         return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), boxes

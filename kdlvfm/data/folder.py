@@ -10,6 +10,7 @@ from typing import Any
 from kdlvfm.data.base import DataError
 from kdlvfm.data.files import FileData, Pair
 from kdlvfm.data.images import image_files
+from kdlvfm.data.labels import read_labels
 from kdlvfm.data.palette import distinct_colours
 from kdlvfm.data.segmentation import VOID
 
@@ -71,6 +72,23 @@ class Folder(FileData):
     def splits(self) -> tuple[str, ...]:  # type: ignore[override]
         """`train` and `val`, and `test` where the folder has one."""
         return ("train", "val", "test") if (self.root / "test").is_dir() else ("train", "val")
+
+    def labels(self) -> dict[str, Any] | None:
+        """Which teacher made the masks, where `kdlvfm label` wrote the folder.
+
+        Raises:
+            DataError: it has not come to its end.
+        """
+        return read_labels(self.root, self.splits)
+
+    def check(self) -> None:
+        """Read every file of every part, once.
+
+        Raises:
+            DataError: labels that are not finished, or what `FileData.check` finds.
+        """
+        self.labels()
+        super().check()
 
     def find(self, part: str) -> list[Pair]:
         """List the files of a part, by name.

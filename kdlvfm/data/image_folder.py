@@ -19,6 +19,9 @@ class ImageFolder:
     Args:
         root: the folder.
 
+    Attributes:
+        paths: the files.
+
     Raises:
         DataError: it is missing, or holds no image.
     """
@@ -27,12 +30,12 @@ class ImageFolder:
         folder = Path(root)
         if not folder.is_dir():
             raise DataError(f"{folder} is missing: name a folder of images.")
-        self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not self._paths:
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
             raise DataError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}): put some there.")
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
         """An image, uint8 (3, H, W).
@@ -40,5 +43,5 @@ class ImageFolder:
         Raises:
             DataError: the file cannot be read, or is no image.
         """
-        path = self._paths[index]
+        path = self.paths[index]
         return pixels(decode(path, read_bytes(path)))

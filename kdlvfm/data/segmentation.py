@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, SampleData, assigned, drawing
-from kdlvfm.data.sampler import SampleKey, StepSampler
+from kdlvfm.data.base import Batch, DataError, KeyedDataset, assigned, drawing
+from kdlvfm.data.mixed import MixedData
+from kdlvfm.data.sampler import SampleKey
 from kdlvfm.data.transforms import Augmentation
 
 VOID = 255
@@ -29,17 +30,15 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
 
 
-class SegmentationData(SampleData):
+class SegmentationData(MixedData):
     """Loaders of a segmentation data set. A subclass names the classes and gives the samples.
 
     A batch is `{"image": float (B, 3, H, W) in [0, 1], "mask": int64 (B, H, W), "index": int64 (B,)}`. Masks hold
-    classes 0..K-1, 255 for void and -1 for unlabelled. Indices of unlabelled samples follow those of the labelled ones.
+    classes 0..K-1, 255 for void and -1 for unlabelled.
 
     Args:
         augmentation: applied to training samples; `None` leaves them alone.
-        labelled_per_batch: labelled samples in each training batch; the others are unlabelled. `None` is half of the
-            batch where there are unlabelled samples, else all of it.
-        **loading: see `SampleData`; an `eval_batch_size` of more than 1 needs images of one size.
+        **loading: see `MixedData`; an `eval_batch_size` of more than 1 needs images of one size.
 
     Raises:
         DataError: sizes that are not positive or do not fit each other, or an augmentation for boxes.
@@ -48,18 +47,11 @@ class SegmentationData(SampleData):
     truth = "masks"
     augmentation: Augmentation | None
 
-    def __init__(
-        self, *, augmentation: Augmentation | None = None, labelled_per_batch: int | None = None, **loading: Any
-    ) -> None:
+    def __init__(self, *, augmentation: Augmentation | None = None, **loading: Any) -> None:
         super().__init__(**loading)
         if not isinstance(augmentation, Augmentation | None):
             raise DataError("recipe.augmentation is not made for masks: choose a recipe for segmentation.")
-        if labelled_per_batch is not None and not 1 <= labelled_per_batch <= self.batch_size:
-            raise DataError(
-                f"labelled_per_batch must be from 1 to batch_size = {self.batch_size}, not {labelled_per_batch}."
-            )
         self.augmentation = augmentation
-        self._labelled_per_batch = labelled_per_batch
 
     @abstractmethod
     def samples(self, split: str) -> Samples:
@@ -85,45 +77,6 @@ class SegmentationData(SampleData):
             check_sample(*samples[0], self.num_classes, f"sample 0 of {part!r} in {self.name}")
         self.batch_parts()
 
-    @property
-    def num_labelled(self) -> int:
-        """Training samples with a mask."""
-        return len(self.samples("train"))
-
-    @property
-    def num_unlabelled(self) -> int:
-        """Training samples without a mask."""
-        unlabelled = self.unlabelled_samples()
-        return 0 if unlabelled is None else len(unlabelled)
-
-    @property
-    def num_samples(self) -> int:
-        """Training samples, with and without mask; every `index` of a training batch is below it."""
-        return self.num_labelled + self.num_unlabelled
-
-    def batch_parts(self) -> tuple[int, int]:
-        """Labelled and unlabelled samples in each training batch.
-
-        Raises:
-            DataError: some of the batch should be unlabelled, and there are no unlabelled samples.
-        """
-        labelled = self._labelled_per_batch
-        if labelled is None:
-            labelled = (self.batch_size + 1) // 2 if self.num_unlabelled else self.batch_size
-        if labelled < self.batch_size and not self.num_unlabelled:
-            raise DataError(
-                f"{self.name} has no unlabelled samples to fill a batch of {self.batch_size} that has "
-                f"labelled_per_batch={labelled}: leave labelled_per_batch out."
-            )
-        return labelled, self.batch_size - labelled
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Training batches after which every sample that the run draws from has been drawn at least once."""
-        sizes = (self.num_labelled, self.num_unlabelled)
-        passes = [-(-size // share) for size, share in zip(sizes, self.batch_parts(), strict=True) if share]
-        return max(passes)
-
     def counts(self) -> dict[str, int]:
         """Number of samples by split, for the run record; `train` is `labelled` and `unlabelled` together."""
         evaluation = {split: len(self.samples(split)) if split in self.splits else 0 for split in ("val", "test")}
@@ -133,20 +86,6 @@ class SegmentationData(SampleData):
             "unlabelled": self.num_unlabelled,
             **evaluation,
         }
-
-    def sampler(self) -> StepSampler:
-        """Which samples make which training batch."""
-        labelled, unlabelled = self.batch_parts()
-        return StepSampler(
-            num_labelled=self.num_labelled,
-            num_unlabelled=self.num_unlabelled,
-            labelled=labelled,
-            unlabelled=unlabelled,
-            steps=self.steps,
-            seed=self.seed,
-            start=self.start_step,
-            views=self.distinct_views,
-        )
 
     def training_set(self) -> KeyedDataset:
         """Augmented samples with and without mask."""

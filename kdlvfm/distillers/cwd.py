@@ -114,10 +114,10 @@ class CWD(Distiller):
     def from_context(cls, context: Context, **hparams: Any) -> Self:
         """Reads both channel counts from the taps.
 
-        Of a detector, or where the teacher has no classes and so no logits, maps are distilled, standardised; the last
-        ones if no tap is given.
+        Where the task is not one of masks, or the teacher has no classes and so no logits, maps are distilled,
+        standardised; the last ones if no tap is given.
         """
-        if context.task.truth == "boxes" or "logits" not in context.require_teacher().taps():
+        if context.task.truth != "masks" or "logits" not in context.require_teacher().taps():
             hparams = {"standardize": True, **hparams}
             if not hparams.keys() & {"student_tap", "teacher_tap"}:
                 hparams |= {"student_tap": "map.-1", "teacher_tap": "map.-1"}

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, check_levels, promote
 from kdlvfm.core.aligner import Aligner, Target
-from kdlvfm.core.boxes import read_boxes
+from kdlvfm.core.boxes import labelled_images, read_boxes
 from kdlvfm.core.features import level_taps
 from kdlvfm.core.projectors import Projector
 
@@ -24,7 +24,8 @@ def fgd_masks(target: Any, size: tuple[int, int], stride: tuple[float, float]) -
 
     A cell that any part of a box lies on counts 1 / (cells of that box), of several boxes the most; all other cells
     count 1 / (number of them). So every object weighs the same whatever its size, and so does the background. Cells
-    whose middle is padding count as neither.
+    whose middle is padding count as neither, and so do those of an image whose objects are not known; the others of
+    the batch weigh so much more that the mean over it is one over them.
 
     The authors' code gives a box one more row and column, to its right and below, and takes padding for background.
 
@@ -44,7 +45,8 @@ def fgd_masks(target: Any, size: tuple[int, int], stride: tuple[float, float]) -
     """
     height, width = size
     foregrounds, backgrounds = [], []
-    for boxes, (image_height, image_width) in read_boxes(target, len(target)):
+    known = labelled_images(target)
+    for i, (boxes, (image_height, image_width)) in enumerate(read_boxes(target, len(target))):
         top, left = (torch.arange(n, device=boxes.device) * step for n, step in zip(size, stride, strict=True))
         rows = (boxes[:, 1, None] < top + stride[0]) & (boxes[:, 3, None] > top)
         columns = (boxes[:, 0, None] < left + stride[1]) & (boxes[:, 2, None] > left)
@@ -54,8 +56,9 @@ def fgd_masks(target: Any, size: tuple[int, int], stride: tuple[float, float]) -
         foreground = torch.cat([shares, shares.new_zeros(1, height, width)]).amax(0)
         seen = (top + stride[0] / 2 < image_height)[:, None] & (left + stride[1] / 2 < image_width)[None, :]
         rest = seen & (foreground == 0)
-        foregrounds.append(foreground)
-        backgrounds.append(rest / rest.sum().clamp(min=1))
+        weight = len(target) / len(known) if i in known else 0.0
+        foregrounds.append(weight * foreground)
+        backgrounds.append(weight * rest / rest.sum().clamp(min=1))
     return torch.stack(foregrounds), torch.stack(backgrounds)
 
 
@@ -163,8 +166,9 @@ class GcBlock(nn.Module):
 class FGD(Distiller):
     r"""Focal and global distillation of a detector's pyramid; the terms of all levels are added.
 
-    For detection only: it reads the boxes. The focal term is `fgd_loss`. The global term compares the maps after a
-    `GcBlock` G of each network, both of which train with the student:
+    For detection only: it reads the boxes. The focal term is `fgd_loss`; of unlabelled images its squares are left out,
+    while attentions and the global term, which need no boxes, are of all images. The global term compares the maps
+    after a `GcBlock` G of each network, both of which train with the student:
 
     .. math:: L = \frac{1}{B} \sum_{b,c,i} \big(G_S(F_S) - G_T(F_T)\big)^2_{b,c,i}
 

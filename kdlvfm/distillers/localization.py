@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import check_levels, promote
-from kdlvfm.core.boxes import read_boxes
+from kdlvfm.core.boxes import labelled_images, read_boxes
 from kdlvfm.core.detector import boxes_per_position
 from kdlvfm.core.features import level_taps
 
@@ -184,6 +184,7 @@ class LD(Distiller):
 
     In the main region a position weighs as much as the student's highest class score there, in the valuable one as its
     anchor's IoU (authors' code). The authors add distillation of class scores, which is a distiller of its own here.
+    Unlabelled images have no regions and are not counted.
 
     Args:
         strides: pixels between the positions of each level.
@@ -262,8 +263,8 @@ class LD(Distiller):
         count = len(self.strides)
         sides, goals = ([half[tap] for tap in self.teacher_taps] for half in (student, teacher))
         scores = [student[tap] for tap in self.student_taps[count:]]
-        images = len(sides[0])
-        read_boxes(target, images)
+        read_boxes(target, len(sides[0]))
+        images = max(len(labelled_images(target)), 1)
         sizes = [(int(level.shape[2]), int(level.shape[3])) for level in sides]
         main, valuable = localization_regions(
             target, sizes, self.strides, scale=self.scale, nearest=self.nearest, gamma=self.gamma

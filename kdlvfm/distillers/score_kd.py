@@ -59,7 +59,8 @@ def score_kd_loss(student: Tensor, teacher: Tensor, beta: float = 1.0, *, avg_fa
         raise ValueError(f"beta must be at least 1, not {beta}.")
     student, goal = promote(student), promote(teacher.detach()).sigmoid()
     entropy = F.binary_cross_entropy_with_logits(student, goal, reduction="none")
-    total = ((student.sigmoid() - goal).abs().pow(beta) * entropy).sum()
+    apart = (student.sigmoid() - goal).abs()
+    total = ((apart if beta == 1 else apart.pow(beta)) * entropy).sum()
     return total / (student[:, 0].numel() if avg_factor is None else avg_factor)
 
 

@@ -85,8 +85,16 @@ def model_card(
 
 
 def licences(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Under whose terms a student was made: `student weights` before training, `teacher weights` and `data`."""
-    weights = {"student weights": record["student"], "teacher weights": record["teacher"]}
+    """Under whose terms a student was made: `student weights` before training, `teacher weights` and `data`.
+
+    Where a teacher made the labels (`kdlvfm label`), `weights of the labels' teacher` too.
+    """
+    labels = record["data"].get("labels")
+    weights = {
+        "student weights": record["student"],
+        "teacher weights": record["teacher"],
+        "weights of the labels' teacher": labels and labels["teacher"],
+    }
     found = {
         what: {"name": part["name"], "licence": _RANDOM if part["weights"] == "random" else part["licence"] or _UNKNOWN}
         for what, part in weights.items()

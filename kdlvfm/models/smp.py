@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from kdlvfm.core.align import resize_map
 from kdlvfm.core.features import Features, ModelCard, TapInfo
@@ -45,6 +46,7 @@ class SMPModel(Adapter):
         pretrained: weights of the hub for the encoder; otherwise random weights. The decoder starts at random.
         checkpoint: a weights file to use instead of the hub: timm's for the encoder, or one of the whole network.
         decoder_kwargs: further arguments for the SMP class.
+        freeze: keep the encoder as it is: its parameters take no gradient and it stays in eval mode.
 
     Raises:
         UnknownModelError: timm has no such encoder.
@@ -61,6 +63,7 @@ class SMPModel(Adapter):
         pretrained: bool = True,
         checkpoint: str | Path | None = None,
         decoder_kwargs: Mapping[str, Any] | None = None,
+        freeze: bool = False,
     ) -> None:
         super().__init__()
         if decoder not in DECODERS:
@@ -84,6 +87,16 @@ class SMPModel(Adapter):
         self.normalise = encoder.normalise
         self._taps = self._describe()
         self._stride = max(info.stride for info in self._taps.values() if info.stride is not None)
+        self._freeze = freeze
+        if freeze:
+            net.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the decoder, and for the encoder unless it is frozen."""
+        super().train(mode)
+        if self._freeze:
+            self.net.get_submodule("encoder").eval()
+        return self
 
     def _fill(self, state: dict[str, Tensor], path: str | Path) -> None:
         try:

@@ -168,6 +168,14 @@ def remarks_on(cells: Mapping[str, Cell], warnings: list[str], split: str) -> li
             notes.append(f"{label}: several runs of seed {seeds}; the finished one started last is shown.")
     finished = [record for cell in cells.values() for record in cell.runs.values() if record["status"] == "finished"]
     notes += remarks_on_machines(finished)
+    for made in filter(None, (record["data"].get("labels") for record in finished)):
+        name = made["teacher"]["name"]
+        agreement = f"The labels of {split} were made by {name}: scores say how far a student agrees with it."
+        if split in made["images"] and agreement not in warnings:
+            warnings.append(agreement)
+        training = f"Training labels were made by {name}, those of {made['confidence']:g} or surer kept."
+        if "train" in made["images"] and training not in notes:
+            notes.append(training)
     if {record["selection"] for record in finished} == {"best_val"}:
         notes.append("Each run was tested with the weights that were best on its validation split.")
     return notes

@@ -41,6 +41,7 @@ from kdlvfm.reporting.statistics import (
 
 OVER_IMAGES = "†"
 """Marks an interval over images of one seed, wherever it is shown."""
+_TAUGHT_ONLY = "representation"  # a task without labels, so that there is neither a baseline nor a teacher's score
 
 
 @dataclass(frozen=True)
@@ -213,14 +214,15 @@ def _block(
             warnings.append("The teacher is no better than the baseline: there is no gap to close.")
     if baseline.runs:
         rows.append(replace(_row("baseline", "baseline", baseline), published=figures.get("baseline")))
-    if methods and not baseline.scores:
+    taught_only = group[0]["task"]["name"] == _TAUGHT_ONLY
+    if methods and not baseline.scores and not taught_only:
         warnings.append(
             f"No finished baseline (distiller {BASELINE!r}) of this recipe: {', '.join(methods)} stand alone.{others}"
         )
     longer_labels = {label: f"baseline, equal time to {label}" for label in longer}
     cells = {"baseline": baseline, **{longer_labels[label]: cell for label, cell in longer.items()}, **methods}
     notes = remarks_on(cells, warnings, split)
-    if cards and level is None:
+    if cards and level is None and not taught_only:
         notes.append(f"The teacher's own score on {split} is unknown: no upper bound, and no share of the gap.")
     for label, cell in longer.items():
         difference = _without_test(pairing.difference(cell, baseline))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from kdlvfm.core.align import promote
+from kdlvfm.core.boxes import labelled_images
 from kdlvfm.core.detector import Detector
 from kdlvfm.core.features import FeatureModel, Features
 from kdlvfm.core.task import Task
@@ -39,7 +40,7 @@ class Detection(Task):
     The target is a list with a dict for each image: `"boxes"`, float (n, 4), corners x1, y1, x2, y2 in pixels of the
     image given; `"labels"`, int64 (n,), classes 0..K-1; `"size"`, int64 (2,), height and width of the part that is no
     padding. For the metrics it also has `"scale"`, `"original_size"`, `"iscrowd"`, `"area"` and `"repeated"`, see
-    `DetectionMetrics`.
+    `DetectionMetrics`. Images whose `"labelled"` is false have no part in the loss.
 
     Args:
         num_classes: K.
@@ -86,8 +87,14 @@ class Detection(Task):
         return batch["image"], batch["target"], batch["index"]
 
     def loss(self, student: FeatureModel, features: Features, target: Target) -> dict[str, Tensor]:
-        """The terms of the student's head."""
-        return _detector(student).loss({tap: promote(value) for tap, value in features.items()}, target)
+        """The terms of the student's head, on the labelled images of the batch; none where there are none."""
+        known = labelled_images(target)
+        if not known:
+            return {}
+        if len(known) < len(target):
+            features = {tap: features[tap][known] for tap in _detector(student).task_taps}
+        seen = {tap: promote(value) for tap, value in features.items()}
+        return _detector(student).loss(seen, [target[i] for i in known])
 
     def predict(self, student: FeatureModel, features: Features, target: Target) -> Predictions:
         """For each image `"boxes"` (m, 4) in pixels of the image given, `"scores"` (m,) and `"labels"` (m,)."""

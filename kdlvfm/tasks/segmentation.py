@@ -54,8 +54,16 @@ class Segmentation(Task):
         self._weights = None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
 
     def student_taps(self, student: FeatureModel) -> tuple[str, ...]:
-        """`logits`, of every student."""
-        del student
+        """`logits`, of every student.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if "logits" not in student.taps():
+            raise ValueError(
+                f"{student.card.name} is an encoder alone, which task=representation trains: choose a student with a "
+                "head for masks, for example student=resnet18_fpn."
+            )
         return ("logits",)
 
     def solves(self, model: FeatureModel) -> bool:

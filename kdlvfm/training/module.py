@@ -79,7 +79,7 @@ class DistillationModule(LightningModule):
     @property
     def moves_subsets(self) -> bool:
         """An update may leave some trainable parameters without a gradient."""
-        return len(self._groups) > 1 or self.distiller.moves_subsets
+        return len(self._groups) > 1 or self.distiller.moves_subsets or not self.task.has_loss
 
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimizer for each parameter group, in the order of `Distiller.parameter_groups`."""

@@ -47,6 +47,7 @@ TWO_STEPS = (
     "teacher=digit_scenes_vit",
 )
 RESNET = ("student=resnet18_fpn", "student.pretrained=false")
+SCENES = ("deep/er/s3", "s0", "s1", "s2", "s4", "s5")
 # A method that is for students of one kind only.
 STUDENTS = {
     "deit": (
@@ -154,6 +155,43 @@ def head(tmp_path_factory):
         main(["train", *SMALL, *encoder, "student.freeze=true", "distiller=none", f"out={folder}"])
     assert not ended.value.code
     return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Six scenes of 64x64 pixels, one of them in a folder of its own, and a file that is no image."""
+    from PIL import Image
+
+    from kdlvfm.data.digit_scenes import SceneGenerator
+
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "deep" / "er").mkdir(parents=True)
+    for number, name in enumerate(SCENES):
+        Image.fromarray(SceneGenerator("test").scene(number).image).save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Let Ctrl-C be pressed once, when `Masks` or `Boxes` has labelled so many images; gives the names of all."""
+    from kdlvfm.cli import label_kinds
+
+    def arrange(kind, images):
+        labeller, names, pressed = getattr(label_kinds, kind), [], []
+        label = labeller.label
+
+        def interrupted(self, item, image):
+            if len(names) == images and not pressed:
+                pressed.append(True)
+                raise KeyboardInterrupt
+            names.append(item.name)
+            return label(self, item, image)
+
+        monkeypatch.setattr(labeller, "label", interrupted)
+        return names
+
+    return arrange
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import kdlvfm
 from kdlvfm.cli.composites import expanded, name_of, names_in
 from kdlvfm.cli.config import compose, default_parts
-from kdlvfm.cli.lifecycle import run_folder
+from kdlvfm.cli.run_folder import run_folder
 
 PART = "distiller@distiller.parts."
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kdlvfm.cli.composites import SYNTHESIZER, expanded, name_of, names_in, synthesizer_in
 from kdlvfm.cli.config import compose, default_parts
-from kdlvfm.cli.lifecycle import run_folder
+from kdlvfm.cli.run_folder import run_folder
 from kdlvfm.cli.sweep import plan
 
 TAUGHT = ("teacher=digit_scenes_vit", "distiller=data_free:kd")

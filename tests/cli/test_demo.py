@@ -109,7 +109,8 @@ def test_a_demo_ends_with_a_table_and_a_picture_and_reuses_what_is_finished(task
         assert ended.code == 0, ended.err
         assert "2 done of 2 cells" in ended.out
         assert (
-            f"wrote  {out}/: a record.json for each run, table.md, table.csv, table.tex, figure.svg, predictions.png" in ended.out
+            f"wrote  {out}/: a record.json for each run, table.md, table.csv, table.tex, figure.svg, predictions.png"
+            in ended.out
         )
         assert (out / "predictions.png").stat().st_size > 10_000
         for method in methods:

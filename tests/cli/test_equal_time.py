@@ -71,7 +71,7 @@ def test_it_trains_as_much_longer_as_a_step_of_the_method_takes(train, kdlvfm, r
 
 
 def test_its_folder_says_what_it_is(runs, small):
-    from kdlvfm.cli.lifecycle import run_folder
+    from kdlvfm.cli.run_folder import run_folder
 
     config = compose([*small, f"equal_time={runs / 'kd-seed0'}", "seed=4"])
     assert run_folder(config).name.startswith("none-as-long-as-kd-none-seed4-")

@@ -224,7 +224,7 @@ def test_broken_files_are_all_named_before_anything_is_written(kdlvfm, head, pho
     ("arguments", "message"),
     [
         (["photos/nowhere", "--out", "seen"], "photos/nowhere is no file and no folder"),
-        (["photos/first.png", "first.jpg", "--out", "seen"], "would have one picture: predict them into two folders"),
+        (["photos/first.png", "first.jpg", "--out", "seen"], "would have one name in --out: give each a folder"),
         (["empty", "--out", "seen"], "there is no image in empty (.bmp, .jpeg"),
         (["photos", "--out", "first.jpg"], "--out first.jpg is a file; name a folder"),
         (["photos", "--out", "seen", "--score", "0.5"], "--score is for detection"),

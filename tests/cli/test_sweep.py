@@ -17,8 +17,8 @@ import kdlvfm.cli.config
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import compose
 from kdlvfm.cli.launch import _environment
-from kdlvfm.cli.lifecycle import run_folder
 from kdlvfm.cli.lock import LOCK, RunLock, RunTakenError, owner
+from kdlvfm.cli.run_folder import run_folder
 from kdlvfm.cli.sweep import State, Sweep, cell_of, find, plan
 from kdlvfm.reporting.record import config_hash, write_record
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from kdlvfm.cli.config import options
@@ -103,6 +104,39 @@ def test_a_finished_run_is_not_repeated(train, tmp_path):
     assert again.code == 0
     assert "is finished; nothing to do" in again.out
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of images and masks in one layout, of different pixels."""
+    for number, name in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(number)
+        for split in ("train", "val"):
+            for kind, shape in (("images", (32, 32, 3)), ("masks", (32, 32))):
+                folder = tmp_path / name / split / kind
+                folder.mkdir(parents=True)
+                for i in range(2):
+                    most = 256 if kind == "images" else 2
+                    pixels = torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
+                    Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_data_that_moved_are_the_same_run_and_other_data_are_named(folders, tmp_path, kdlvfm, student_of):
+    first, second = folders
+    recipe = ("recipe=digit_scenes", "recipe.steps=2", "recipe.batch_size=2", "run.num_workers=0")
+    student = student_of("none")
+    common = ("data=folder", "data.classes=[x,y]", "distiller=none", *recipe, *student, f"out={tmp_path / 'run'}")
+    assert kdlvfm("train", *common, f"data.root={first}").code == 0
+    again = kdlvfm("train", *common, f"data.root={second}")
+    assert f"note       its data lay in {first}; if {second} holds other data" in again.out
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    (tmp_path / "run/record.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    refused = kdlvfm("train", *common, f"data.root={second}")
+    assert refused.code == 1
+    assert "holds a run that began on other images or labels than these" in refused.err
+    assert kdlvfm("train", *common, f"data.root={first}").code == 0
+    assert "note" not in kdlvfm("train", *common, f"data.root={first}").out
 
 
 def test_seeds_are_different_runs_and_one_seed_is_one_run(train, tmp_path):

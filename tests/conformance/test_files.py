@@ -24,7 +24,7 @@ DOCUMENTED = [
     for package in (kdlvfm.core, PACKAGE, kdlvfm.distillers.synthesizers)
     for found in pkgutil.iter_modules(package.__path__)
 ]
-TASKS = ("segmentation", "detection", "diffusion")
+TASKS = ("segmentation", "detection", "diffusion", "representation")
 YAML_FILES = sorted((ROOT / "configs" / "distiller").glob("*.yaml"))
 
 

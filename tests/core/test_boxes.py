@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from kdlvfm.core.boxes import giou_of_distances, read_boxes
+from kdlvfm.core.boxes import giou_of_distances, labelled_images, read_boxes
 
 
 def image(boxes, dtype=torch.float32):
@@ -90,3 +90,8 @@ def test_giou_against_boxes_with_corners():
 def test_giou_worked_examples(first, second, expected):
     pair = (torch.tensor(x, dtype=torch.float64).view(1, 4) for x in (first, second))
     assert giou_of_distances(*pair).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_images_are_labelled_unless_they_say_otherwise():
+    target = [image([]), {**image([]), "labelled": torch.tensor(False)}, {**image([]), "labelled": torch.tensor(True)}]
+    assert labelled_images(target) == [0, 2]

@@ -99,3 +99,23 @@ def test_bccd():
     data.check()
     assert data.class_names == ("RBC", "WBC", "Platelets")
     assert data.counts() == {"train": 205, "val": 87, "test": 72, "boxes": 4886, "dropped_boxes": 0}
+
+
+def test_images_that_no_split_names_may_join_without_boxes(coco, tmp_path):
+    before = coco().split_hash()
+    (tmp_path / "farm" / "images" / "z.png").write_bytes((tmp_path / "farm" / "images" / "a.png").read_bytes())
+    assert coco().split_hash() == before
+    data = coco(unlabelled="images")
+    data.check()
+    assert (data.num_labelled, data.num_unlabelled) == (3, 1)
+    image, boxes = data.unlabelled_samples()[0]
+    assert (tuple(image.shape), len(boxes)) == ((3, 30, 40), 0)
+    assert data.split_hash() != before
+    (tmp_path / "farm" / "images" / "z.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"z\.png is not a readable image"):
+        coco(unlabelled="images").check()
+    (tmp_path / "farm" / "images" / "z.png").unlink()
+    with pytest.raises(DataError, match=r"every image in .* is one of a split"):
+        coco(unlabelled="images").check()
+    with pytest.raises(DataError, match="more is missing"):
+        coco(unlabelled="more").check()

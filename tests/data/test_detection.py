@@ -188,3 +188,49 @@ def test_check_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(Toy, "count", 0)
     with pytest.raises(DataError, match="Toy has no image in 'train'"):
         toy().check()
+
+
+class Mixed(Toy):
+    """The last three images of eight are unlabelled."""
+
+    def unlabelled_samples(self):
+        return [
+            (image, boxes[torch.zeros(len(boxes), dtype=torch.bool)])
+            for image, boxes in map(Rectangles(8, 0).__getitem__, (5, 6, 7))
+        ]
+
+
+def mixed(**changes):
+    augmentation = BoxAugmentation(scale=(0.7, 1.3), crop=(48, 48), mosaic=0.3, brightness=0.3)
+    return Mixed(**{"batch_size": 4, "steps": 12, "seed": 1, "augmentation": augmentation, **changes})
+
+
+@pytest.mark.parametrize(("chosen", "labelled"), [(None, 2), (3, 3), (4, 4)])
+def test_a_batch_has_a_labelled_and_an_unlabelled_part(chosen, labelled):
+    data = mixed(labelled_per_batch=chosen)
+    data.check()
+    assert data.counts() == {"train": 8, "labelled": 5, "unlabelled": 3, "val": 7, "test": 3}
+    assert data.num_samples == 8
+    assert data.batches_per_epoch == {2: 3, 3: 3, 4: 2}[labelled]
+    for batch in batches(data):
+        known = [bool(target["labelled"]) for target in batch["target"]]
+        assert known == [True] * labelled + [False] * (4 - labelled)
+        assert [index < 5 for index in batch["index"].tolist()] == known
+        for target in batch["target"]:
+            assert bool(target["labelled"]) or (target["boxes"].shape, target["labels"].shape) == ((0, 4), (0,))
+    assert all("labelled" not in target for batch in data.val_dataloader() for target in batch["target"])
+
+
+def test_a_mosaic_of_an_unlabelled_image_is_of_unlabelled_images():
+    everything = BoxAugmentation(mosaic=1.0)
+    shown = [target for batch in batches(mixed(augmentation=everything)) for target in batch["target"]]
+    assert not any(len(target["boxes"]) for target in shown if not target["labelled"])
+    assert any(len(target["boxes"]) for target in shown if target["labelled"])
+
+
+def test_mixed_batches_resume_exactly_and_cannot_be_had_without_unlabelled_images():
+    whole, data = batches(mixed()), mixed()
+    data.start_step = 7
+    assert same(list(data.train_dataloader()), whole[7:])
+    with pytest.raises(DataError, match="Toy has no unlabelled samples"):
+        toy(labelled_per_batch=2).check()

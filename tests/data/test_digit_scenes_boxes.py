@@ -58,3 +58,15 @@ def test_a_stream_shows_each_scene_once_and_none_that_students_see():
     )
     assert torch.equal(data.samples("test")[0][0], boxes().samples("test")[0][0])
     assert data.split_hash() != boxes(train=12).split_hash()
+
+
+def test_unlabelled_scenes_have_no_boxes_and_are_none_of_the_labelled_ones():
+    data = boxes(unlabelled=6, labelled_per_batch=1)
+    data.check()
+    assert data.counts() == {"train": 14, "labelled": 8, "unlabelled": 6, "val": 5, "test": 3}
+    scenes = [data.unlabelled_samples()[i] for i in range(6)]
+    assert not any(len(found) for _, found in scenes)
+    masks = DigitScenes(size=64, labelled=8, unlabelled=6, **LOADER).unlabelled_samples()
+    assert all(torch.equal(image, masks[i][0]) for i, (image, _) in enumerate(scenes))
+    assert data.split_hash() != boxes().split_hash()
+    assert boxes(unlabelled=6, stream=True).unlabelled_samples() is None

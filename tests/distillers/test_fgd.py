@@ -284,3 +284,17 @@ def test_from_context_refuses_networks_without_a_pyramid(context, detection_cont
     mixed = Context(detection_context.student, context.teacher, context.task, num_classes=5, num_samples=12)
     with pytest.raises(TapError, match=r"toy has no taps 'fpn\.<i>'"):
         FGD.from_context(mixed)
+
+
+def test_of_unlabelled_images_neither_objects_nor_background_count_and_the_mean_is_over_the_others():
+    known, unknown = target([[2.0, 3.0, 15.0, 13.0]], [])
+    unknown["labelled"] = torch.tensor(False)
+    alone, mixed = (fgd_masks(images, (6, 8), (4.0, 4.0)) for images in ([known], [known, unknown, unknown]))
+    for one, many in zip(alone, mixed, strict=True):
+        torch.testing.assert_close(many[0], 3 * one[0])
+        assert not many[1:].any()
+    student, teacher = maps(3, 2, 6, 8, seed=1), maps(3, 2, 6, 8, seed=2)
+    squares = {"attention_weight": 0.0, "foreground_weight": 1.0, "background_weight": 0.5}
+    torch.testing.assert_close(
+        fgd_loss(student, teacher, *mixed, **squares), fgd_loss(student[:1], teacher[:1], *alone, **squares)
+    )

@@ -290,3 +290,11 @@ def test_from_context_refuses_networks_that_do_not_match(detection_context, dete
         build(student, toy_detector(levels=(8, 16)))
     with pytest.raises(ValueError, match="reads boxes"):
         LD(STRIDES)(features(1), features(50), torch.zeros(2, 8, 8))
+
+
+def test_unlabelled_images_are_not_counted():
+    target = [image([3.1, 5.2, 20.3, 17.4]), {**image(), "labelled": torch.tensor(False)}]
+    student, teacher = features(1), features(50)
+    alone = ({tap: x[:1] for tap, x in half.items()} for half in (student, teacher))
+    torch.testing.assert_close(LD(STRIDES)(student, teacher, target), LD(STRIDES)(*alone, target[:1]))
+    assert all(term == 0 for term in LD(STRIDES)(student, teacher, target[1:] * 2).values())

@@ -88,7 +88,7 @@ def with_configs_of(tmp_path, monkeypatch):
 
 
 def test_the_pages_hold_something_to_test():
-    assert len(PAGES) > 15
+    assert len(PAGES) > 18
     assert len(COMPOSED) > 15
     assert len(LINKS) > 10
 

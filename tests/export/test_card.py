@@ -70,7 +70,10 @@ def test_licences_name_every_part():
     assert found["student weights"]["licence"] == "none: random weights"
     assert found["teacher weights"] == {"name": "a network under mit", "licence": "mit"}
     assert found["data"] == {"name": "Cells", "licence": "unknown"}
-    assert "teacher weights" not in licences(make())
+    assert licences(make()).keys() == {"student weights", "data"}
+    record = make()
+    record["data"]["labels"] = {"teacher": part("dinov3-license"), "confidence": 0.9, "images": {"train": 7}}
+    assert licences(record)["weights of the labels' teacher"]["licence"] == "dinov3-license"
 
 
 def test_the_text_introduces_the_student():

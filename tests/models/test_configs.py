@@ -21,7 +21,8 @@ COMPLETE = [p for p in STUDENTS if "???" not in p.read_text() and "defaults:" no
 DETECTORS = [p for p in COMPLETE if "MMDetModel" in p.read_text()]
 OUR_DETECTOR = CONFIGS / "student" / "digit_scenes_detector.yaml"  # which has tests of its own
 DENOISERS = [p for p in COMPLETE if "models.diffusers" in p.read_text()]
-SEGMENTERS = [p for p in COMPLETE if p not in (*DETECTORS, OUR_DETECTOR, *DENOISERS)]
+ENCODERS = [p for p in COMPLETE if "for task=representation" in p.read_text()]
+SEGMENTERS = [p for p in COMPLETE if p not in (*DETECTORS, OUR_DETECTOR, *DENOISERS, *ENCODERS)]
 
 
 def load(path):
@@ -33,7 +34,7 @@ def load(path):
 @pytest.mark.parametrize("path", TEACHERS + STUDENTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_file_introduces_itself(path):
     _, about = load(path)
-    assert {"title", "licence"} <= set(about) <= {"title", "licence", "paper"}
+    assert {"title", "licence"} <= set(about) <= {"title", "licence", "paper", "data"}
     assert about.title
 
 
@@ -58,6 +59,13 @@ def test_students_build_and_label_every_pixel(path):
     model = instantiate(config, num_classes=4).eval()
     with torch.no_grad():
         assert model(torch.rand(1, 3, 61, 75), ["logits"])["logits"].shape == (1, 4, 61, 75)
+
+
+@pytest.mark.parametrize("path", ENCODERS, ids=lambda path: path.stem)
+def test_encoders_build_for_data_without_classes_and_have_no_classifier(path):
+    model = build_student(compose([f"student={path.stem}", "student.pretrained=false"])["student"], num_classes=0)
+    assert "logits" not in model.taps()
+    assert not any(key.startswith("fc.") for key in model.net.state_dict())
 
 
 @pytest.mark.parametrize("path", DETECTORS, ids=lambda path: path.stem)

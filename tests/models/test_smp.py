@@ -134,3 +134,13 @@ def test_the_head_on_the_models_own_map_gives_its_logits(name, decoder, options,
         for grid, size in (((4, 6), (64, 96)), ((5, 7), (75, 101)), ((90, 90), (33, 130))):
             other = torch.rand(1, model.tap_info("decoder").dim, *grid)
             assert model.apply_head({"decoder": other}, size)["logits"].shape == (1, 11, *size)
+
+
+def test_a_frozen_encoder_takes_no_gradient_and_keeps_its_statistics():
+    model = build("test_resnet", "fpn", freeze=True).train()
+    before = {key: value.clone() for key, value in model.net.encoder.state_dict().items()}
+    model(torch.rand(2, 3, 64, 64), ["logits"])["logits"].square().mean().backward()
+    assert not any(p.requires_grad for p in model.net.encoder.parameters())
+    assert all(p.grad is not None for p in model.net.decoder.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.net.encoder.state_dict().items())
+    assert model.net.decoder.training

@@ -118,6 +118,16 @@ def test_methods_without_a_baseline_are_named(study, make_record):
     assert by_method(block)["baseline"].runs == {"failed": 1}
 
 
+def test_learning_without_labels_has_no_baseline_to_miss(make_record):
+    task = {"name": "representation", "primary_metric": "teacher_r2"}
+    metrics = {"val": {"teacher_r2": 0.4}}
+    record = make_record("fitnet", task=task, metrics=metrics)
+    record = {**record, "teacher": {**record["teacher"], "metrics": None}}
+    (block,) = summarise([record], "val").blocks
+    assert block.warnings == ()
+    assert not any("upper bound" in note for note in block.notes)
+
+
 def test_baseline_of_another_recipe_is_no_baseline(make_record):
     records = [make_record("none", teacher=None), make_record("kd", config={"trainer": {"max_steps": 9}})]
     blocks = summarise(records).blocks

@@ -220,3 +220,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
     count, names = arguments
     with pytest.raises(ValueError, match=message):
         Detection(count, **names)
+
+
+def test_unlabelled_images_have_no_part_in_the_loss(monkeypatch):
+    monkeypatch.setattr("kdlvfm.tasks.detection._detector", lambda model: model)
+    features = {tap: torch.arange(8.0).view(4, 1, 1, 2) for tap in (*Stub.task_taps, "map.0")}
+    flags = [{}, {"labelled": torch.tensor(False)}, {"labelled": torch.tensor(True)}, {"labelled": torch.tensor(False)}]
+    task = Detection(4)
+    assert task.loss(Stub(), features, flags)["loss"] == (0 + 1 + 4 + 5) * 2
+    assert task.loss(Stub(), features, flags[1::2]) == {}

@@ -145,6 +145,12 @@ def test_a_batch_without_labels_adds_nothing():
     assert math.isnan(metrics.compute()["miou"])
 
 
+def test_a_student_must_have_logits(toy_model):
+    assert Segmentation(3).student_taps(toy_model()) == ("logits",)
+    with pytest.raises(ValueError, match="toy is an encoder alone"):
+        Segmentation(3).student_taps(toy_model(num_classes=0))
+
+
 def test_unpack_and_predict():
     task = Segmentation(3)
     batch = {"image": torch.zeros(2, 3, 4, 4), "mask": torch.zeros(2, 4, 4), "index": torch.arange(2)}
@@ -152,7 +158,6 @@ def test_unpack_and_predict():
     logits = torch.zeros(1, 3, 2, 2)
     logits[0, 2] = 1
     assert task.predict(None, {"logits": logits}, None).tolist() == [[[2, 2], [2, 2]]]
-    assert task.student_taps(None) == ("logits",)
     assert task.primary_metric == "miou"
 
 
