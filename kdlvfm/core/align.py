@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 Resize = Literal["larger", "student", "teacher"] | Sequence[int]
@@ -206,10 +207,34 @@ def gram_distance(x: Tensor, y: Tensor) -> Tensor:
     batch, rows = x.shape[:2]
     with torch.autocast(x.device.type, enabled=False):
         if rows <= max(x.shape[2], y.shape[2]):
-            total = (x @ x.mT - y @ y.mT).square().sum()
+            total = (self_product(x) - self_product(y)).square().sum()
         else:
-            total = (x.mT @ x).square().sum() + (y.mT @ y).square().sum() - 2 * (x.mT @ y).square().sum()
+            squares = [self_product(z.mT).square().sum() for z in (x, y)]
+            total = squares[0] + squares[1] - 2 * (x.mT @ y).square().sum()
     return total / (batch * rows**2)
+
+
+def self_product(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """X xᵀ, (..., N, N), of (..., N, C). Its gradient takes one product; that of `x @ x.mT` takes two.
+
+    `scale`, a scalar, multiplies x first and is held constant.
+    """
+    product: Tensor = _SelfProduct.apply(x, scale)
+    return product
+
+
+class _SelfProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
+        scaled = x if scale is None else x * scale
+        ctx.save_for_backward(scaled, scale)
+        return scaled @ scaled.mT
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        scaled, scale = ctx.saved_tensors
+        both = slope + slope.mT
+        return (both if scale is None else both * scale) @ scaled, None
 
 
 def check_levels(**levels: Sequence[object]) -> None:

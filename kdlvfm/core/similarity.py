@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from kdlvfm.core.align import promote, resize_map
+from kdlvfm.core.align import promote, resize_map, self_product
+from kdlvfm.core.blocks import check_first_derivative
+
+_BLOCK = 2**16
+"""Entries of a block of columns: 256 KiB in single precision."""
 
 
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
@@ -34,13 +41,14 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"both need the same samples, not {len(student)} (student) and {len(teacher)} (teacher).")
-    x, y = _centred(promote(student).flatten(1)), _centred(promote(teacher.detach()).flatten(1))
+    x, y = promote(student).flatten(1), promote(teacher.detach()).flatten(1)
     with torch.autocast(x.device.type, enabled=False):
         if x.shape[0] <= max(x.shape[1], y.shape[1]):
-            first, second = x @ x.T, y @ y.T
+            first, second = _centred_kernel(x), _centred_kernel(y)
             shared = (first * second).sum()
         else:
-            first, second = x.T @ x, y.T @ y
+            x, y = _centred(x), _centred(y)
+            first, second = self_product(x.T), self_product(y.T)
             shared = (x.T @ y).square().sum()
         similarity: Tensor = shared / (first.norm() * second.norm()).clamp(min=1e-12)
     return similarity
@@ -52,6 +60,49 @@ def _centred(x: Tensor) -> Tensor:
     norm = deviation.norm()
     unit = deviation / norm.clamp(min=1e-12)
     return torch.where(norm > 1e-6 * x.norm(), unit, torch.zeros_like(unit))
+
+
+def _centred_kernel(x: Tensor) -> Tensor:
+    """Inner products (N, N) of the rows that `_centred` gives, which are never held."""
+    kernel: Tensor
+    kernel, squares = _CentredProduct.apply(x)
+    trace = kernel.trace()
+    return torch.where(trace > 1e-12 * squares, kernel / trace.clamp(min=1e-24), torch.zeros_like(kernel))
+
+
+class _CentredProduct(Function):
+    """d dᵀ of the rows d of (N, D) less their mean, and the sum of all squares of (N, D), which has no gradient.
+
+    Few rows are long, so they are read in blocks of columns, small enough for a processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        product, squares = x.new_zeros((len(x), len(x))), x.new_zeros(())
+        for columns in torch.split(x, _columns(x), dim=1):
+            mean = columns.mean(0)
+            deviation = columns - mean
+            product.addmm_(deviation, deviation.T)
+            squares += len(x) * mean.dot(mean)
+        squares += product.trace()
+        ctx.mark_non_differentiable(squares)
+        return product, squares
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tensor:
+        check_first_derivative()
+        (x,) = ctx.saved_tensors
+        both = slope + slope.T
+        both = both - both.mean(0)
+        width, found = _columns(x), torch.empty_like(x)
+        for columns, part in zip(torch.split(x, width, 1), torch.split(found, width, 1), strict=True):
+            part.copy_(both @ (columns - columns.mean(0)))
+        return found
+
+
+def _columns(x: Tensor) -> int:
+    return max(_BLOCK // max(len(x), 1), 1)
 
 
 @torch.no_grad()

@@ -8,19 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, promote
 from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.blocks import sum_over_blocks
 from kdlvfm.core.projectors import Projector
 from kdlvfm.distillers.mgd import mgd_generator, mgd_loss, random_mask
 
 Negatives = Literal["channels", "all"]
 
 _BLOCK = 2**24
-"""Distances held at once; more are computed block by block, and again in the backward pass."""
+"""Distances held at once."""
 
 
 def afdcd_loss(
@@ -90,15 +90,7 @@ def afdcd_loss(
         group = torch.arange(own.shape[1], device=own.device) % groups
         excluded = (group.unsqueeze(1) == group).fill_diagonal_(False)
     size = max(_BLOCK // own.shape[1] ** 2, 1)
-    blocks = list(zip(torch.split(own, size), torch.split(goal, size), strict=True))
-    if len(blocks) == 1:
-        total = _contrast(own, goal, excluded, temperature)
-    else:
-        parts = [
-            checkpoint(_contrast, *block, excluded, temperature, use_reentrant=False, preserve_rng_state=False)
-            for block in blocks
-        ]
-        total = torch.stack(parts).sum()
+    total = sum_over_blocks(lambda x, y: _contrast(x, y, excluded, temperature), own, goal, size)
     return total * groups / own.shape[:2].numel()
 
 

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, match_size, normalise_target, promote
+from kdlvfm.core.blocks import check_first_derivative
 
 
 def attention_transfer_loss(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
@@ -57,9 +59,33 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, power: int = 2) ->
 
 def _attention(x: Tensor, power: int) -> Tensor:
     """Attention over the positions of each sample, (B, H W), of unit length; 0 where all is 0."""
-    # The scale of a sample cancels; taken out first, and so without a gradient, no power of it over- or underflows.
-    peak = x.detach().abs().flatten(1).amax(1).clamp(min=torch.finfo(x.dtype).tiny)
-    return F.normalize((x.flatten(2) / peak.view(-1, 1, 1)).abs().pow(power).mean(1), dim=1)
+    mean: Tensor = _PowerMean.apply(x.flatten(2), power)
+    return F.normalize(mean, dim=1)
+
+
+class _PowerMean(Function):
+    """Mean of |x|^p over the channels of (B, C, N), in units of each sample's peak, which has no gradient.
+
+    The scale of a sample cancels in its attention; taken out, no power of it over- or underflows. As one function it
+    holds the map itself for the backward pass, and nothing else of that size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, power: int) -> Tensor:
+        peak = torch.maximum(-x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True))
+        unit = peak.reciprocal().masked_fill(peak < torch.finfo(x.dtype).tiny, 0)
+        ctx.save_for_backward(x, unit)
+        ctx.power = power
+        return (x * unit).abs_().pow_(power).mean(1)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        check_first_derivative()
+        x, unit = ctx.saved_tensors
+        scaled = x * unit
+        if ctx.power != 2:
+            scaled = scaled.abs().pow_(ctx.power - 1).mul_(scaled.sign())
+        return scaled.mul_(ctx.power / x.shape[1] * slope.unsqueeze(1) * unit), None
 
 
 class AT(Distiller):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
@@ -22,9 +21,9 @@ from kdlvfm.core.align import (
     unit_vectors,
 )
 from kdlvfm.core.distributed import gather_batch
+from kdlvfm.core.relation import BLOCK, relation_divergence
 
-_BLOCK = 2**24
-"""Similarities held at once; more are computed block by block, and again in the backward pass."""
+_BLOCK = BLOCK
 
 
 def cirkd_pixel_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
@@ -35,8 +34,8 @@ def cirkd_pixel_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1)
             \sigma(s^S_{a i b} / \tau)\big), \quad s_{aib} = \big(\cos(f_{a i}, f_{b j})\big)_{j = 1 \dots M}
 
     over all ordered pairs of images a, b, an image and itself among them, and the M positions i of the first. There is
-    no factor of the squared temperature. The channels of the two networks need not agree. Memory grows with a block of
-    the similarities, not with all (B M)² of them.
+    no factor of the squared temperature. The channels of the two networks need not agree. Of the (B M)² similarities a
+    block is held at a time, see `kdlvfm.core.relation`.
 
     Args:
         student: (B, C_S, H, W).
@@ -65,7 +64,8 @@ def cirkd_pixel_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1)
         )
     own, goal = (unit_vectors(promote(x)).flatten(2).transpose(1, 2) for x in (student, teacher.detach()))
     batch, positions = own.shape[:2]
-    total = _relations(own.flatten(0, 1), goal.flatten(0, 1), own, goal, temperature)
+    rows, goal_rows = (x.flatten(0, 1).unsqueeze(0) for x in (own, goal))
+    total = relation_divergence(rows, goal_rows, own.unsqueeze(0), goal.unsqueeze(0), temperature, _BLOCK)
     return total / (batch**2 * positions)
 
 
@@ -103,29 +103,9 @@ def cirkd_memory_loss(student: Tensor, teacher: Tensor, memory: Tensor, temperat
             f"pixels must have one shape (P, C) and the memory (Q, C), not {tuple(student.shape)} (student), "
             f"{tuple(teacher.shape)} (teacher) and {tuple(memory.shape)} (memory)."
         )
-    own, goal, entries = (unit_vectors(promote(x)) for x in (student, teacher.detach(), memory.detach()))
-    entries = entries.unsqueeze(0)
-    return _relations(own, goal, entries, entries, temperature) / max(len(own), 1)
-
-
-def _relations(student: Tensor, teacher: Tensor, own: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    """Sum of divergences over rows (R, C) of each network and over the images of its maps (B, M, C), in blocks."""
-    size = max(_BLOCK // own.shape[:2].numel(), 1)
-    blocks = list(zip(torch.split(student, size), torch.split(teacher, size), strict=True))
-    with torch.autocast(student.device.type, enabled=False):
-        if len(blocks) == 1:
-            return _divergence(student, teacher, own, goal, temperature)
-        parts = [
-            checkpoint(_divergence, *block, own, goal, temperature, use_reentrant=False, preserve_rng_state=False)
-            for block in blocks
-        ]
-    return torch.stack(parts).sum()
-
-
-def _divergence(student: Tensor, teacher: Tensor, own: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    first = torch.einsum("rc,bmc->rbm", student, own) / temperature
-    second = torch.einsum("rc,bmc->rbm", teacher, goal) / temperature
-    return F.kl_div(F.log_softmax(first, dim=2), F.log_softmax(second, dim=2), log_target=True, reduction="sum")
+    own, goal, entries = (unit_vectors(promote(x)).unsqueeze(0) for x in (student, teacher.detach(), memory.detach()))
+    keys = entries.unsqueeze(0)
+    return relation_divergence(own, goal, keys, keys, temperature, _BLOCK) / max(len(student), 1)
 
 
 class ClassMemory(nn.Module):

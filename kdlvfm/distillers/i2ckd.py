@@ -108,10 +108,11 @@ def i2ckd_loss(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}.")
     teacher = teacher.detach()
     losses, counts = [], []
-    for part in [slice(None)] if prototypes == "batch" else [slice(i, i + 1) for i in range(len(student))]:
-        own, present = class_prototypes(student[part], target[part], num_classes, ignore_index)
+    of_student, of_teacher = (
+        class_means(x, target, num_classes, ignore_index, of_images=prototypes == "image") for x in (student, teacher)
+    )
+    for own, present, goal, seen in zip(*of_student, *of_teacher, strict=True):
         # Each network on its own grid; a class that only one of them sees there makes no triplet.
-        goal, seen = class_prototypes(teacher[part], target[part], num_classes, ignore_index)
         if normalise:
             own, goal = unit_vectors(own), unit_vectors(goal)
         first, second = (own, goal) if anchor == "student" else (goal, own)

@@ -49,12 +49,13 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(
             f"features must have one shape, not {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher)."
         )
-    difference = promote(student) - promote(teacher.detach())
-    # The pooled difference is the difference of the pooled maps.
-    fields = [size for size in (4, 2, 1) if size < difference.shape[2]]
-    scales = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in fields)]
+    student, teacher = promote(student), promote(teacher.detach())
+    scales = [F.mse_loss(student, teacher)]
+    for size in (4, 2, 1):
+        if size < student.shape[2]:
+            scales.append(F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)))
     weights = [2.0**-k for k in range(len(scales))]
-    errors = [weight * scale.square().mean() for weight, scale in zip(weights, scales, strict=True)]
+    errors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
     return torch.stack(errors).sum() / sum(weights)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlvfm.core import Distiller, Features
-from kdlvfm.core.align import promote
+from kdlvfm.core.align import promote, self_product
 from kdlvfm.core.distributed import gather_batch
 
 
@@ -59,7 +59,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     changes nothing. An angle of which two corners coincide has cosine 0, without a gradient.
 
     Args:
-        student: (B, D_S) embeddings; takes B B D_S + B B B numbers of memory.
+        student: (B, D_S) embeddings; takes B B B numbers of memory.
         teacher: (B, D_T); receives no gradient.
 
     Returns:
@@ -91,20 +91,39 @@ def _check(student: Tensor, teacher: Tensor) -> None:
 
 def _distances(x: Tensor) -> Tensor:
     """Distances of all pairs, (B, B), in units of their mean without zeros."""
-    # Not by |x|^2 + |y|^2 - 2xy, which loses the small distances of embeddings that are far from the origin.
-    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = _lengths(_products(x))
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    return distances / mean.clamp(min=torch.finfo(x.dtype).tiny)
+    return (distances / mean.clamp(min=torch.finfo(x.dtype).tiny)).to(x.dtype)
 
 
 def _cosines(x: Tensor) -> Tensor:
     """Cosine at corner i between the directions to j and k, (B, B, B)."""
-    rays = x.unsqueeze(0) - x.unsqueeze(1)
-    lengths: Tensor = torch.linalg.vector_norm(rays, dim=2, keepdim=True)
-    rays = rays / lengths.masked_fill(lengths == 0, math.inf)
-    # Autocast would multiply in half precision.
+    products = _products(x)
+    lengths = _lengths(products)
+    lengths = lengths.masked_fill(lengths == 0, math.inf)
+    # (x_j - x_i) (x_k - x_i) from the products of all pairs: no direction is ever formed.
+    own = products.diagonal()[:, None, None]
+    rays = products.unsqueeze(0) - products.unsqueeze(2) - products.unsqueeze(1) + own
+    return (rays / lengths.unsqueeze(2) / lengths.unsqueeze(1)).to(x.dtype)
+
+
+def _products(x: Tensor) -> Tensor:
+    """Inner products of all pairs of embeddings, (B, B), around their mean.
+
+    In double precision, of which differences of products lose half: what is left is single precision, for embeddings
+    that are close to each other and far from the origin too.
+    """
+    centred = x.double() - x.double().mean(0)
     with torch.autocast(x.device.type, enabled=False):
-        return rays @ rays.mT
+        return self_product(centred)
+
+
+def _lengths(products: Tensor) -> Tensor:
+    """Distances of all pairs, from products; 0 without a gradient where they are no more than rounding."""
+    squares = products.diagonal()
+    apart = squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * products
+    same = apart <= 1e3 * torch.finfo(products.dtype).eps * squares.amax()
+    return apart.masked_fill(same, 1).sqrt().masked_fill(same, 0)
 
 
 class RKD(Distiller):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features, Teacher, resolve_tap
@@ -60,7 +61,7 @@ def scale_kd_loss(student: Tensor, teacher: Tensor, view: View = "map") -> Tenso
     pair = promote(student), promote(teacher.detach())
     if view == "alternating":
         pair = pair[0] - pair[0].mean((2, 3), keepdim=True), pair[1] - pair[1].mean((2, 3), keepdim=True)
-    return (unit_vectors(pair[0]) - unit_vectors(pair[1])).square().sum() / len(student)
+    return F.mse_loss(unit_vectors(pair[0]), unit_vectors(pair[1]), reduction="sum") / len(student)
 
 
 class LaterBlocks:

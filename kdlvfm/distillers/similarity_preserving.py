@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlvfm.core import Distiller, Features
-from kdlvfm.core.align import promote, standardise
+from kdlvfm.core.align import promote, self_product, standardise
 from kdlvfm.core.distributed import gather_batch
 
 
@@ -55,10 +55,12 @@ def _similarity(x: Tensor) -> Tensor:
     """Inner products of all pairs of samples, (B, B), each row of unit length."""
     flat = x.flatten(1)
     # One scale for the batch cancels; taken out first, and so without a gradient, squares of squares stay in range.
-    flat = flat / flat.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    least, most = flat.detach().aminmax()
+    peak = torch.maximum(-least, most)
+    scale = peak.reciprocal().masked_fill(peak < torch.finfo(x.dtype).tiny, 0)
     # Autocast would multiply in half precision, whose sums over all channels and positions lose the small differences.
     with torch.autocast(x.device.type, enabled=False):
-        return F.normalize(flat @ flat.T, dim=1)
+        return F.normalize(self_product(flat, scale), dim=1)
 
 
 class SP(Distiller):

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, TargetNorm, match_size, normalise_target, promote, unit_vectors
+from kdlvfm.core.relation import BLOCK, relation_divergence
 
-_BLOCK = 2**24
-"""Similarities held at once; more are computed block by block, and again in the backward pass."""
+_BLOCK = BLOCK
 
 
 def image_relation_loss(student: Tensor, teacher: Tensor, queue: Tensor, temperature: float = 0.07) -> Tensor:
@@ -54,7 +53,8 @@ def image_relation_loss(student: Tensor, teacher: Tensor, queue: Tensor, tempera
         )
     own, goal, entries = (unit_vectors(promote(x)) for x in (student, teacher.detach(), queue.detach()))
     with torch.autocast(student.device.type, enabled=False):
-        return _divergence(own @ entries.mT, goal @ entries.mT, temperature) / len(own)
+        first, second = (F.log_softmax(x @ entries.mT / temperature, dim=1) for x in (own, goal))
+    return F.kl_div(first, second, log_target=True, reduction="batchmean")
 
 
 def token_relation_loss(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tensor:
@@ -65,7 +65,7 @@ def token_relation_loss(student: Tensor, teacher: Tensor, temperature: float = 0
         s_{bi} = \big(\cos(f_{bi}, f_{bj})\big)_{j = 1 \dots N}
 
     over the N positions of the maps, a token and itself among the pairs. The channels of the two networks need not
-    agree. Memory grows with a block of images, not with all B N² similarities.
+    agree. Of the B N² similarities a block is held at a time, see `kdlvfm.core.relation`.
 
     Args:
         student: (B, C_S, H, W).
@@ -92,29 +92,8 @@ def token_relation_loss(student: Tensor, teacher: Tensor, temperature: float = 0
             f"{tuple(teacher.shape)} (teacher)."
         )
     own, goal = (unit_vectors(promote(x)).flatten(2).mT for x in (student, teacher.detach()))
-    batch, count = own.shape[:2]
-    size = max(_BLOCK // count**2, 1)
-    blocks = list(zip(torch.split(own, size), torch.split(goal, size), strict=True))
-    with torch.autocast(student.device.type, enabled=False):
-        if len(blocks) == 1:
-            total = _inside(own, goal, temperature)
-        else:
-            parts = [
-                checkpoint(_inside, *block, temperature, use_reentrant=False, preserve_rng_state=False)
-                for block in blocks
-            ]
-            total = torch.stack(parts).sum()
-    return total / (batch * count)
-
-
-def _inside(own: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    return _divergence(own @ own.mT, goal @ goal.mT, temperature)
-
-
-def _divergence(own: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    """Sum over all rows of similarities."""
-    first, second = (F.log_softmax(x / temperature, dim=-1) for x in (own, goal))
-    return F.kl_div(first, second, log_target=True, reduction="sum")
+    total = relation_divergence(own, goal, own.unsqueeze(1), goal.unsqueeze(1), temperature, _BLOCK)
+    return total / own.shape[:2].numel()
 
 
 class TokenRelation(Distiller):
