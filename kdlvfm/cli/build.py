@@ -12,7 +12,7 @@ import torch
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import names_in
-from kdlvfm.cli.config import instantiate, options
+from kdlvfm.cli.config import instantiate, options, target_of
 from kdlvfm.cli.list import read_about
 from kdlvfm.cli.teacher_cache import RunCache, prepare
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
@@ -87,7 +87,7 @@ def build_data(config: Mapping[str, Any]) -> SampleData:
 
 def check_truth(config: Mapping[str, Any], data: SampleData) -> None:
     """Raise `CommandError` for a task that learns from another kind of ground truth than the data has."""
-    truth = _class_of(config["task"]).truth
+    truth = target_of(config["task"]).truth
     if truth != data.truth:
         raise CommandError(
             f"{data.name} has {data.truth} and this task learns from {truth}: set task={_TASKS[data.truth]}, or choose "
@@ -118,12 +118,6 @@ def build_task(config: Mapping[str, Any], data: SampleData, teacher: Teacher | N
     return task
 
 
-def _class_of(node: Mapping[str, Any]) -> Any:
-    from hydra.utils import get_class
-
-    return get_class(node["_target_"])
-
-
 def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
     """The student, with a head for the number of classes, or an encoder without one.
 
@@ -139,7 +133,7 @@ def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
                 "student.encoder.input_size is for teachers; a student sees images as the data has them."
             )
         node = {**node, "encoder": {key: value for key, value in encoder.items() if key != "input_size"}}
-    has_head = "num_classes" in inspect.signature(_class_of(node)).parameters
+    has_head = "num_classes" in inspect.signature(target_of(node)).parameters
     if has_head and not num_classes:
         raise CommandError(
             "this student has a head, and the data has no classes for it: choose an encoder alone, student=resnet18 or "

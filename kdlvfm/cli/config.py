@@ -235,6 +235,22 @@ def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
         raise cause from error
 
 
+def target_of(node: Mapping[str, Any]) -> Any:
+    """The class or function that a node names, which is not called.
+
+    Raises:
+        CommandError: there is none of that name.
+        ModuleNotFoundError: it needs a package that is not installed.
+    """
+    module, _, name = str(node["_target_"]).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise CommandError(f"_target_={node['_target_']} cannot be found ({error}).") from error
+
+
 def check_targets(config: Any, origin: Path, trusted: Collection[str] = ()) -> None:
     """Raise if a configuration read from a run folder names anything but classes of this library to call.
 

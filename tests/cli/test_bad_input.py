@@ -234,3 +234,18 @@ def test_a_teacher_run_that_is_none(kind, refused, tmp_path, head):
     said = refused("distiller=kd", "teacher=from_run", f"teacher.run={run}")
     assert str(run) in said
     assert ("interrupted, not finished" if kind == "unfinished" else "no record.json") in said
+
+
+@pytest.mark.parametrize(
+    ("part", "target", "missing"),
+    [
+        ("student", "plane.Plain", "No module named 'plane'"),
+        ("student", "kdlvfm.models.smp.SMP", "has no attribute 'SMP'"),
+        ("task", "kdlvfm.tasks.segmentations.Segmentation", "No module named 'kdlvfm.tasks.segmentations'"),
+        ("student", "Plain", "Empty module name"),
+    ],
+)
+def test_a_class_that_does_not_exist(part, target, missing, refused):
+    said = refused("distiller=none", f"{part}._target_={target}")
+    assert f"_target_={target} cannot be found" in said
+    assert missing in said
