@@ -22,13 +22,15 @@ ROOT = Path(__file__).parents[1]
 TABLES = [
     ("README.md", "demo", "test"),
     ("docs/benchmarks.md", "bccd", "test"),
+    ("docs/benchmarks.md", "digit_scenes", "test"),
     ("docs/detection.md", "demo_detection", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
     ("experiments/bccd/README.md", "bccd", "test"),
+    ("experiments/digit_scenes/README.md", "digit_scenes", "test"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
 ]
 # Experiments whose figure is docs/images/NAME.svg.
-FIGURES = ["bccd"]
+FIGURES = ["bccd", "digit_scenes"]
 
 
 def records_of(experiment: str) -> list[Record]:
