@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 _OWN = ("retry", "wait", "max_num_timeout")  # settings that are no arguments of a job
 _LONGEST_PAUSE = 30.0
+_SECOND_LOOK = 3.0  # seconds; a job that is being requeued may be out of the queue for a moment
+_ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
+    *("LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
+}
 
 
 class CellJob:
@@ -106,7 +111,7 @@ def submit(sweep: Sweep, cells: Sequence[Cell], settings: Mapping[str, Any]) -> 
 def wait(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Return when none of these cells is in the queue or runs as a job; on the way say how far they are."""
     told: dict[Cell, State] = {}
-    pause = 1.0
+    pause, left = 1.0, False
     while True:
         queue = _queue()
         changed = False
@@ -117,8 +122,11 @@ def wait(sweep: Sweep, cells: Sequence[Cell]) -> None:
                 print(f"{cell.name}: {state.name}", flush=True)
             told[cell] = state
         if not any(job_of(sweep, cell) in queue for cell in cells):
-            break
-        pause = 1.0 if changed else min(2 * pause, _LONGEST_PAUSE)
+            if left:
+                break
+            left, pause = True, _SECOND_LOOK
+        else:
+            left, pause = False, 1.0 if changed else min(2 * pause, _LONGEST_PAUSE)
         time.sleep(pause)
     for cell in cells:
         log = _folder(sweep) / f"{job_of(sweep, cell)}_0_log.out"
@@ -142,15 +150,17 @@ def _folder(sweep: Sweep) -> Path:
 
 
 def _queue() -> set[str]:
-    """The user's jobs that wait or run; of arrays each."""
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    """The user's jobs that have not ended; of arrays each."""
+    # Without `--states` those that are being requeued are left out.
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--user={getpass.getuser()}"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
         raise CommandError("there is no Slurm here: squeue is not found. launcher=local needs none.") from error
     except subprocess.CalledProcessError as error:
         raise CommandError(f"Slurm does not answer: {_reason(error)}") from error
-    return set(found.stdout.split())
+    jobs = (line.split(maxsplit=1) for line in found.stdout.splitlines())
+    return {job for job, state in jobs if state.strip() not in _ENDED}
 
 
 def _reason(error: Exception) -> str:
