@@ -172,6 +172,7 @@ def _opening_record(
             "name": config["choices"]["task"],
             "primary_metric": cell.task.primary_metric,
             "distances": list(cell.task.distances),
+            "has_loss": cell.task.has_loss,
         },
         "data": {
             "name": cell.data.name,
@@ -245,7 +246,7 @@ def _closing(folder: Path, record: Mapping[str, Any]) -> None:
     print(f"wrote      {folder}/record.json, student.safetensors, checkpoints/last.ckpt{more}")
     split = "" if "test" in record["metrics"] else " --split val"
     then = f"kdlvfm evaluate {folder} --split val"
-    if record["data"]["classes"] == []:
+    if not record["task"]["has_loss"]:
         then = f"a task with labels: kdlvfm train data=NAME student.checkpoint={folder}/student.safetensors"
     print(f"next       kdlvfm table {folder.parent}{split}    or    {then}")
 

@@ -232,7 +232,27 @@ def drawing(seed: int, key: SampleKey) -> Iterator[None]:
         yield
 
 
-def assigned(item: int, count: int, rank: int, processes: int) -> tuple[int, bool]:
-    """Which of `count` samples is item `item` of a process's share, and whether it only fills up the last round."""
-    index = item * processes + rank
-    return min(index, count - 1), index >= count
+class EvaluationSet(Dataset[Batch], ABC):
+    """A process's share of the samples of a split, in their order: every so-manyth of them, and as many as others have.
+
+    Args:
+        count: samples of the split.
+        rank: number of the process.
+        processes: how many there are.
+    """
+
+    def __init__(self, count: int, rank: int, processes: int) -> None:
+        self._count = count
+        self._rank = rank
+        self._processes = processes
+
+    def __len__(self) -> int:
+        return -(-self._count // self._processes)
+
+    def __getitem__(self, item: int) -> Batch:
+        index = item * self._processes + self._rank
+        return self.read(min(index, self._count - 1), repeated=index >= self._count)
+
+    @abstractmethod
+    def read(self, index: int, *, repeated: bool) -> Batch:
+        """Sample `index` of the split; a repeated one only fills up the last round, and must not count."""

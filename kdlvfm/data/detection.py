@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, assigned, drawing
+from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, drawing
 from kdlvfm.data.box_transforms import BoxAugmentation
 from kdlvfm.data.boxes import Boxes, Sample, clip, fitting_factor, resize
 from kdlvfm.data.mixed import MixedData
@@ -192,20 +192,15 @@ def _without_crowds(samples: Samples, index: int) -> Sample:
     return image, boxes[~boxes.iscrowd]
 
 
-class _EvaluationSet(Dataset[Batch]):
+class _EvaluationSet(EvaluationSet):
     """Samples as they are, resized."""
 
     def __init__(self, samples: Samples, limits: tuple[int, int] | None, rank: int, processes: int) -> None:
+        super().__init__(len(samples), rank, processes)
         self._samples = samples
         self._limits = limits
-        self._rank = rank
-        self._processes = processes
 
-    def __len__(self) -> int:
-        return -(-len(self._samples) // self._processes)
-
-    def __getitem__(self, item: int) -> Batch:
-        index, repeated = assigned(item, len(self._samples), self._rank, self._processes)
+    def read(self, index: int, *, repeated: bool) -> Batch:
         original = self._samples[index]
         before = torch.tensor(original[0].shape[-2:])
         image, boxes = resize(original, fitting_factor(original[0].shape[-2:], self._limits))

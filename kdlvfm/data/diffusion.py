@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, SampleData, assigned
+from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, SampleData
 from kdlvfm.data.sampler import SampleKey
 
 
@@ -90,15 +90,10 @@ class _TrainingSet:
         return {"image": self._images[key.sample].float() / 255, "index": key.sample}
 
 
-class _EvaluationSet(Dataset[Batch]):
+class _EvaluationSet(EvaluationSet):
     def __init__(self, images: Tensor, rank: int, processes: int) -> None:
+        super().__init__(len(images), rank, processes)
         self._images = images
-        self._rank = rank
-        self._processes = processes
 
-    def __len__(self) -> int:
-        return -(-len(self._images) // self._processes)
-
-    def __getitem__(self, item: int) -> Batch:
-        index, repeated = assigned(item, len(self._images), self._rank, self._processes)
+    def read(self, index: int, *, repeated: bool) -> Batch:
         return {"image": self._images[index].float() / 255, "index": index, "repeated": repeated}

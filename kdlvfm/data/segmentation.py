@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, assigned, drawing
+from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, drawing
 from kdlvfm.data.mixed import MixedData
 from kdlvfm.data.sampler import SampleKey
 from kdlvfm.data.transforms import Augmentation
@@ -136,18 +136,13 @@ class _TrainingSet:
         return {"image": image.float() / 255, "mask": mask, "index": key.sample}
 
 
-class _EvaluationSet(Dataset[Batch]):
+class _EvaluationSet(EvaluationSet):
     """Samples as they are."""
 
     def __init__(self, samples: Samples, rank: int, processes: int) -> None:
+        super().__init__(len(samples), rank, processes)
         self._samples = samples
-        self._rank = rank
-        self._processes = processes
 
-    def __len__(self) -> int:
-        return -(-len(self._samples) // self._processes)
-
-    def __getitem__(self, item: int) -> Batch:
-        index, fills = assigned(item, len(self._samples), self._rank, self._processes)
+    def read(self, index: int, *, repeated: bool) -> Batch:
         image, mask = self._samples[index]
-        return {"image": image.float() / 255, "mask": torch.full_like(mask, VOID) if fills else mask, "index": index}
+        return {"image": image.float() / 255, "mask": torch.full_like(mask, VOID) if repeated else mask, "index": index}

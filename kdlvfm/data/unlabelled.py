@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from kdlvfm.data.base import Batch, DataError, KeyedDataset, SampleData, assigned, drawing
+from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, SampleData, drawing
 from kdlvfm.data.image_folder import ImageFolder
 from kdlvfm.data.images import decode, image_size, pixels, read_bytes
 from kdlvfm.data.sampler import SampleKey
@@ -181,19 +181,14 @@ class _TrainingSet:
         return {"image": image.float() / 255, "index": key.sample}
 
 
-class _EvaluationSet(Dataset[Batch]):
+class _EvaluationSet(EvaluationSet):
     """Squares from the middle."""
 
     def __init__(self, paths: Sequence[Path], size: int, rank: int, processes: int) -> None:
+        super().__init__(len(paths), rank, processes)
         self._paths = paths
         self._size = size
-        self._rank = rank
-        self._processes = processes
 
-    def __len__(self) -> int:
-        return -(-len(self._paths) // self._processes)
-
-    def __getitem__(self, item: int) -> Batch:
-        index, repeated = assigned(item, len(self._paths), self._rank, self._processes)
+    def read(self, index: int, *, repeated: bool) -> Batch:
         image = F.center_crop(_fitted(self._paths[index], self._size), [self._size])
         return {"image": image.float() / 255, "index": index, "repeated": repeated}

@@ -41,7 +41,6 @@ from kdlvfm.reporting.statistics import (
 
 OVER_IMAGES = "†"
 """Marks an interval over images of one seed, wherever it is shown."""
-_TAUGHT_ONLY = "representation"  # a task without labels, so that there is neither a baseline nor a teacher's score
 
 
 @dataclass(frozen=True)
@@ -214,15 +213,16 @@ def _block(
             warnings.append("The teacher is no better than the baseline: there is no gap to close.")
     if baseline.runs:
         rows.append(replace(_row("baseline", "baseline", baseline), published=figures.get("baseline")))
-    taught_only = group[0]["task"]["name"] == _TAUGHT_ONLY
-    if methods and not baseline.scores and not taught_only:
+    # Without a loss of the task there is neither a baseline nor a teacher's score to miss.
+    compares = group[0]["task"].get("has_loss", True)
+    if methods and not baseline.scores and compares:
         warnings.append(
             f"No finished baseline (distiller {BASELINE!r}) of this recipe: {', '.join(methods)} stand alone.{others}"
         )
     longer_labels = {label: f"baseline, equal time to {label}" for label in longer}
     cells = {"baseline": baseline, **{longer_labels[label]: cell for label, cell in longer.items()}, **methods}
     notes = remarks_on(cells, warnings, split)
-    if cards and level is None and not taught_only:
+    if cards and level is None and compares:
         notes.append(f"The teacher's own score on {split} is unknown: no upper bound, and no share of the gap.")
     for label, cell in longer.items():
         difference = _without_test(pairing.difference(cell, baseline))

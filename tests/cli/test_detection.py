@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_a_record_with_average_precision(finished):
     record = json.loads((finished / "record.json").read_text())
     assert record["status"] == "finished"
-    assert record["task"] == {"name": "detection", "primary_metric": "mAP", "distances": []}
+    assert record["task"] == {"name": "detection", "primary_metric": "mAP", "distances": [], "has_loss": True}
     assert record["per_image"] is None
     assert record["data"]["classes"] == list("0123456789")
     assert record["data"]["counts"] == {"train": 8, "val": 3, "test": 3}

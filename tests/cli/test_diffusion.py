@@ -75,7 +75,8 @@ def test_a_record_says_what_was_reached_and_what_the_teacher_was_shown(runs):
     teacher, record = record_of(runs.teacher), record_of(runs.dkdm)
     assert record["status"] == "finished"
     distances = ["frechet_distance", "noise_error", "class_shift"]
-    assert record["task"] == {"name": "diffusion", "primary_metric": distances[0], "distances": distances}
+    expected = {"name": "diffusion", "primary_metric": distances[0], "distances": distances, "has_loss": True}
+    assert record["task"] == expected
     for split in ("val", "test"):
         assert set(record["metrics"][split]) == set(distances)
     assert record["teacher"]["metrics"] == teacher["metrics"]

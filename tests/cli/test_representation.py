@@ -48,7 +48,8 @@ def test_features_are_learned_without_labels_and_become_the_encoder_of_other_stu
     assert f"kdlvfm train data=NAME student.checkpoint={out}/student.safetensors" in ended.out
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished"
-    assert record["task"] == {"name": "representation", "primary_metric": "teacher_r2", "distances": []}
+    expected = {"name": "representation", "primary_metric": "teacher_r2", "distances": [], "has_loss": False}
+    assert record["task"] == expected
     assert (record["data"]["classes"], record["data"]["counts"]) == ([], {"train": 10, "val": 2, "test": 0})
     assert record["metrics"]["val"]["teacher_r2"] <= 1
     assert record["teacher"]["metrics"] is None

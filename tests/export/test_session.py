@@ -61,10 +61,10 @@ def detector(segmenter, toy_model):
             return Decoder(self.rates)
 
         def loss(self, features, target):
-            raise NotImplementedError
+            pytest.fail("it is described, not run")
 
         def predict(self, features, sizes):
-            raise NotImplementedError
+            pytest.fail("it is described, not run")
 
     def make(nms, rates=False):
         student = ToyDense()

@@ -119,7 +119,7 @@ def test_methods_without_a_baseline_are_named(study, make_record):
 
 
 def test_learning_without_labels_has_no_baseline_to_miss(make_record):
-    task = {"name": "representation", "primary_metric": "teacher_r2"}
+    task = {"name": "representation", "primary_metric": "teacher_r2", "has_loss": False}
     metrics = {"val": {"teacher_r2": 0.4}}
     record = make_record("fitnet", task=task, metrics=metrics)
     record = {**record, "teacher": {**record["teacher"], "metrics": None}}
