@@ -33,6 +33,7 @@ from kdlvfm.reporting.statistics import (
     SEEDS_FOR_A_VERDICT,
     Difference,
     Summary,
+    about_verdicts,
     correct_for_many,
     gap_closed,
     gap_interval,
@@ -254,9 +255,7 @@ def _block(
     if differences and not tested:
         notes.append(f"Fewer than {SEEDS_FOR_A_VERDICT} paired seeds: no verdict.")
     if tested > 1:
-        notes.append(
-            f"Verdicts: paired t-tests at 5 %, corrected for {tested} methods (Holm); intervals are not corrected."
-        )
+        notes.append(about_verdicts(tested))
     if longer:
         notes.append(about_baselines(longer))
     if any(found and found.over == "images" for row in rows for found in (row.difference, row.to_equal_time)):
