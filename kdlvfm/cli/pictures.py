@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdlvfm.cli import CommandError
+from kdlvfm.reporting.block import Block, Row
 from kdlvfm.reporting.html import Picture
 from kdlvfm.reporting.record import BASELINE
-from kdlvfm.reporting.tables import Block, Row
 
 _METHODS = 6
 _FROM_RUN = "kdlvfm.cli.runs.teacher_from_run"  # which makes the same check on that run

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from kdlvfm.cli import CommandError
 
 if TYPE_CHECKING:
+    from kdlvfm.reporting.block import Table
     from kdlvfm.reporting.record import Record
-    from kdlvfm.reporting.tables import Table
 
 _OUT = (
     "also write table.md, table.csv (all columns), table.tex and the differences as figure.svg and figure.pdf there; "

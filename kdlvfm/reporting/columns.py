@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kdlvfm.reporting.block import OVER_IMAGES, Block, Row
 from kdlvfm.reporting.cells import remarks_on_machines
 from kdlvfm.reporting.reading import Reading
 from kdlvfm.reporting.statistics import Difference
-from kdlvfm.reporting.tables import OVER_IMAGES, Block, Row
 
 NOTHING = "–"
 METRIC_NAMES = {"miou": "mIoU", "frechet_distance": "FD", "noise_error": "noise error", "class_shift": "class shift"}

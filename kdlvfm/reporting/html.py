@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import quote
 
 from kdlvfm import __version__
+from kdlvfm.reporting.block import Block, Row, Table
 from kdlvfm.reporting.columns import METRIC_NAMES, cost_remarks, runs_text
 from kdlvfm.reporting.record import Record, flatten, now
 from kdlvfm.reporting.render import heading
-from kdlvfm.reporting.tables import Block, Row, Table
 
 _SCRIPTS = ("elements.js", "columns.js", "charts.js", "figures.js", "lines.js", "runs.js", "page.js")
 _LEVELS = 4  # of folders between a run and the root of the runs, where sweeps keep the output of their cells

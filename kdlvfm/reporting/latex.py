@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kdlvfm.reporting.block import OVER_IMAGES, Block, Row, Table
 from kdlvfm.reporting.columns import METRIC_NAMES, NOTHING, cost_columns, cost_remarks
 from kdlvfm.reporting.published import Published
 from kdlvfm.reporting.reading import Reading
 from kdlvfm.reporting.statistics import Difference
-from kdlvfm.reporting.tables import OVER_IMAGES, Block, Row, Table
 
 _NOTHING = "--"
 _REFERENCES = ("teacher", "baseline", "equal_time")
@@ -89,7 +89,7 @@ def escape(text: str) -> str:
 
 
 def _caption(table: Table) -> str:
-    places = dict.fromkeys(f"{block.data} ({block.split} split)" for block in table.blocks)
+    places = dict.fromkeys(f"{block.source} ({block.split} split)" for block in table.blocks)
     text = rf"{escape(', '.join(places))}: mean $\pm$ standard deviation over the seeds, and the paired difference to "
     text += "the baseline of the same recipe"
     text += "".join(f" in {points}" for points in sorted({b.reading.points for b in table.blocks}) if points)
@@ -103,7 +103,7 @@ def _caption(table: Table) -> str:
 
 
 def _cost_caption(block: Block) -> str:
-    place = escape(f"{block.data} ({block.split} split)")
+    place = escape(f"{block.source} ({block.split} split)")
     return rf"{place}: what networks and training cost. Student {escape(block.student)}."
 
 

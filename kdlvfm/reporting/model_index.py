@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdlvfm import __version__
+from kdlvfm.reporting.block import Block, Row, Table
 from kdlvfm.reporting.columns import METRIC_NAMES
 from kdlvfm.reporting.statistics import Summary, summarise_values
-from kdlvfm.reporting.tables import Block, Row, Table
 
 # The Hub's own names for tasks, and for metrics where https://hf.co/metrics has one.
 _TASKS = {

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdlvfm.reporting.block import Block, Row, Table
 from kdlvfm.reporting.canvas import INK, PAPER
 from kdlvfm.reporting.cells import score_of
 from kdlvfm.reporting.columns import METRIC_NAMES
 from kdlvfm.reporting.statistics import Verdict
-from kdlvfm.reporting.tables import Block, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _WORDS: dict[Verdict | None, str] = {
     None: "no verdict",
 }
 # Inches.
-_WIDTH, _LINE, _HEAD, _FOOT, _LEGEND = 7.0, 0.2, 0.55, 0.85, 0.4
+_WIDTH, _LINE, _HEAD, _FOOT, _LEGEND = 7.0, 0.2, 0.7, 0.85, 0.4
 _REACH = 1.0
 """How far an interval is drawn beyond all means, as a share of their span: two seeds may give any width."""
 
@@ -105,8 +105,7 @@ def _draw_block(axis: Axes, block: Block, rows: Sequence[Row]) -> None:
         axis.spines[side].set_visible(False)
     unit = f", {reading.points}" if reading.points else ""
     axis.set_xlabel(f"{METRIC_NAMES.get(block.metric, block.metric)} minus the baseline's{unit}; dots: seeds")
-    student = block.student.partition(" (")[0]
-    axis.set_title(f"{block.data}, {block.split} split, {student}", fontsize=9, loc="left", pad=16)
+    axis.set_title(f"{block.student}\n{block.source}, {block.split} split", fontsize=9, loc="left", pad=16)
     _legend(axis)
 
 

@@ -8,8 +8,8 @@ import io
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from kdlvfm.reporting.block import Block, Row, Table
 from kdlvfm.reporting.columns import Column, cost_columns, cost_remarks, result_columns
-from kdlvfm.reporting.tables import Block, Row, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -95,7 +95,7 @@ def to_rows(table: Table) -> list[dict[str, Any]]:
 
 def heading(block: Block) -> list[str]:
     """The title of a block, then the lines below it."""
-    lines = [f"{block.data}, {block.split} split", f"Student: {block.student}. Recipe: {block.recipe}."]
+    lines = [f"{block.source}, {block.split} split", f"Student: {block.student}. Recipe: {block.recipe}."]
     if block.teacher is not None:
         weights = "RANDOM weights" if block.teacher["weights"] == "random" else f"{block.teacher['weights']} weights"
         licence = block.teacher["licence"] or "unknown"

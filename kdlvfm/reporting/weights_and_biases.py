@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from kdlvfm.reporting.block import Table
 from kdlvfm.reporting.render import to_rows
-from kdlvfm.reporting.tables import Table
 
 
 class PublishError(ValueError):

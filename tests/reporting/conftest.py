@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from kdlvfm.reporting.block import OVER_IMAGES, Table
 from kdlvfm.reporting.published import Published
 from kdlvfm.reporting.record import config_hash, recipe_hash
-from kdlvfm.reporting.tables import OVER_IMAGES, Table, summarise
+from kdlvfm.reporting.tables import summarise
 
 TEACHER = {
     "name": "vit_small_patch16_dinov3.lvd1689m",

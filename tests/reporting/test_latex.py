@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
+from kdlvfm.reporting.block import Table
 from kdlvfm.reporting.latex import escape, to_latex
-from kdlvfm.reporting.tables import Table, summarise
+from kdlvfm.reporting.tables import summarise
 
 STUDENTS = ("resnet18_fpn", "mobilenetv2_fpn")
 HOSTILE = 'a_b & 50 % of #1 $x$ {y} \\input{z} ~ ^ <c> "d" |'

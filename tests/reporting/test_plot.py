@@ -5,8 +5,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from kdlvfm.reporting.block import Table
 from kdlvfm.reporting.plot import draw_differences
-from kdlvfm.reporting.tables import Table, summarise
+from kdlvfm.reporting.tables import summarise
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"

@@ -221,3 +221,21 @@ def test_git_reads_the_working_directory_and_never_fails(tmp_path, monkeypatch):
     assert environment()["git"]["dirty"] is True
     monkeypatch.setenv("PATH", "")
     assert environment()["git"] is None
+
+
+@pytest.mark.parametrize("group", ["trainer", "teacher"])
+def test_a_setting_that_is_off_is_as_one_that_older_runs_lack(group):
+    def hash_with(**settings):
+        config = copy.deepcopy(CONFIG)
+        config[group] = {**(config[group] or {}), **settings}
+        return config_hash(config)
+
+    assert hash_with(compile=False, channels_last=False) == hash_with()
+    assert len({hash_with(), hash_with(compile=True), hash_with(channels_last=True)}) == 3
+    if group == "teacher":
+        assert hash_with(precision=None, batch=None) == hash_with()
+        assert len({hash_with(), hash_with(precision="bf16"), hash_with(batch=1)}) == 3
+
+
+def test_where_a_teacher_computes_changes_nothing():
+    assert config_hash({**CONFIG, "run": {"teacher_device": "cuda:1"}}) == config_hash(CONFIG)

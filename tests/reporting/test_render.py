@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from kdlvfm.reporting.block import Table
 from kdlvfm.reporting.render import to_csv, to_markdown, to_rich
-from kdlvfm.reporting.tables import Table, summarise
+from kdlvfm.reporting.tables import summarise
 
 
 @pytest.fixture

@@ -252,3 +252,10 @@ def test_a_baseline_of_another_recipe_is_named_with_what_differs(make_record):
         "kd stand alone. There is one of another recipe (trainer.max_steps: 100 != 60; trainer.precision: (absent) "
         "!= 16)."
     )
+
+
+def test_the_heading_counts_labels_where_some_images_have_none(study):
+    assert only_block(study).source == "digit_scenes"
+    for record in study:
+        record["data"]["counts"] |= {"train": 367, "labelled": 46, "unlabelled": 321}
+    assert only_block(study).source == "digit_scenes, 46 labelled and 321 unlabelled images"
