@@ -70,6 +70,11 @@ def run(arguments: Sequence[str]) -> int:
     for library in LIBRARIES if options.onnx else ():
         importlib.import_module(library)
     record = read_run(options.run)
+    if record["task"]["name"] == "representation":
+        raise CommandError(
+            f"{options.run / 'student.safetensors'} needs no export: it is the encoder under timm's own names. Give it "
+            f"to timm.create_model({record['student']['name']!r}, num_classes=0, checkpoint_path=...)."
+        )
     if record["task"]["name"] not in ("segmentation", "detection"):
         raise CommandError(f"the task of this run is {record['task']['name']}; segmenters and detectors are exported.")
     out = options.run / "export" if options.out is None else options.out

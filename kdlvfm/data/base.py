@@ -5,41 +5,21 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdlvfm.core.distributed import world_size
-from kdlvfm.data.sampler import SampleKey, StepSampler, mix_seed
-
-Batch = dict[str, Any]
+from kdlvfm.data.sampler import SampleKey, StepSampler
+from kdlvfm.data.sets import Accompanied, Batch, Companion, Stored, TrainingSet, collate_both
 
 
 class DataError(ValueError):
     """A data set that cannot be used as it is; the message names the cause and the fix."""
-
-
-class KeyedDataset(Protocol):
-    """A training set; the same key always gives the same sample, augmented in the same way."""
-
-    def __getitem__(self, key: SampleKey, /) -> Batch: ...
-
-
-class Companion(Protocol):
-    """What else a training sample comes with, such as stored features of its image."""
-
-    def __call__(self, key: SampleKey, image: Tensor) -> dict[str, Tensor]:
-        """Tensors of one shape for all samples, by name.
-
-        Args:
-            key: the sample.
-            image: float (3, H, W) in [0, 1], augmented.
-        """
 
 
 class SampleData(LightningDataModule, ABC):
@@ -55,6 +35,8 @@ class SampleData(LightningDataModule, ABC):
         seed: seed of the order and of the augmentation.
         eval_batch_size: samples in a batch of validation and test.
         num_workers: processes that prepare samples; 0 prepares them in the main process.
+        augment_on_device: batches come as they are stored, and are augmented on the device that trains. What is drawn
+            at random is the same; a resized pixel may differ by one level of 255 from the CPU's.
 
     Attributes:
         name: the data set, as tables show it.
@@ -83,7 +65,14 @@ class SampleData(LightningDataModule, ABC):
     collate: Callable[[list[Batch]], Batch] = staticmethod(default_collate)
 
     def __init__(
-        self, *, batch_size: int, steps: int, seed: int = 0, eval_batch_size: int = 1, num_workers: int = 0
+        self,
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        eval_batch_size: int = 1,
+        num_workers: int = 0,
+        augment_on_device: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("steps", steps), ("eval_batch_size", eval_batch_size)):
@@ -94,9 +83,11 @@ class SampleData(LightningDataModule, ABC):
         self.seed = seed
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.augment_on_device = augment_on_device
         self.views: int | None = None
         self.companion: Companion | None = None
         self.start_step = 0
+        self._stored: TrainingSet | None = None
 
     @property
     @abstractmethod
@@ -108,7 +99,7 @@ class SampleData(LightningDataModule, ABC):
         """Number of samples by split, and what else there is to count, for the run record."""
 
     @abstractmethod
-    def training_set(self) -> KeyedDataset:
+    def training_set(self) -> TrainingSet:
         """Augmented training samples."""
 
     @abstractmethod
@@ -172,10 +163,23 @@ class SampleData(LightningDataModule, ABC):
         return self.loader(self.sampler(), self.companion)
 
     def loader(self, batches: Iterable[list[SampleKey]], companion: Companion | None = None) -> DataLoader[Batch]:
-        """Training samples in the batches that their keys make up."""
-        samples, collate = self.training_set(), self.collate
+        """Training samples in the batches that their keys make up.
+
+        With `augment_on_device` a batch is a list that `on_after_batch_transfer` makes a batch of.
+
+        Raises:
+            DataError: companions, which know a sample by its augmented image, and `augment_on_device`.
+        """
+        training_set = self.training_set()
+        samples: TrainingSet | Accompanied | Stored = training_set
+        collate: Callable[[list[Any]], Any] = self.collate
+        if companion is not None and self.augment_on_device:
+            raise DataError("data.augment_on_device is not for a teacher cache, which knows images as augmented.")
         if companion is not None:
-            samples, collate = _Accompanied(samples, companion), functools.partial(_collate_both, collate)
+            samples, collate = Accompanied(training_set, companion), functools.partial(collate_both, collate)
+        elif self.augment_on_device:
+            self._stored = training_set
+            samples, collate = Stored(training_set), list
         return DataLoader(
             samples,  # type: ignore[arg-type]  # torch does not say that keys may be of any type
             batch_sampler=batches,
@@ -184,6 +188,14 @@ class SampleData(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else making an iterator draws from the global one
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch; one of samples as they are stored is augmented now."""
+        del dataloader_idx
+        if self._stored is None or not isinstance(batch, list):
+            return batch
+        made = self.collate([self._stored.finish(sample, SampleKey(*key)) for key, sample in batch])
+        return move_data_to_device(made, made["image"].device)  # what is made of plain numbers lies on the CPU
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation samples in order, not augmented."""
@@ -204,55 +216,3 @@ class SampleData(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-
-class _Accompanied:
-    """Training samples, each with its companion."""
-
-    def __init__(self, samples: KeyedDataset, companion: Companion) -> None:
-        self._samples = samples
-        self._companion = companion
-
-    def __getitem__(self, key: SampleKey) -> Batch:
-        sample = self._samples[key]
-        return {**sample, "companion": self._companion(key, sample["image"])}
-
-
-def _collate_both(collate: Callable[[list[Batch]], Batch], samples: list[Batch]) -> Batch:
-    companions = [sample.pop("companion") for sample in samples]
-    return {**collate(samples), "companion": default_collate(companions)}
-
-
-@contextmanager
-def drawing(seed: int, key: SampleKey) -> Iterator[None]:
-    """Within, torch's global CPU generator draws what belongs to this seed and key; afterwards it goes on as before."""
-    # Only the CPU generator: torch.manual_seed would also reset those of the GPUs.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mix_seed("augmentation", seed, *key))
-        yield
-
-
-class EvaluationSet(Dataset[Batch], ABC):
-    """A process's share of the samples of a split, in their order: every so-manyth of them, and as many as others have.
-
-    Args:
-        count: samples of the split.
-        rank: number of the process.
-        processes: how many there are.
-    """
-
-    def __init__(self, count: int, rank: int, processes: int) -> None:
-        self._count = count
-        self._rank = rank
-        self._processes = processes
-
-    def __len__(self) -> int:
-        return -(-self._count // self._processes)
-
-    def __getitem__(self, item: int) -> Batch:
-        index = item * self._processes + self._rank
-        return self.read(min(index, self._count - 1), repeated=index >= self._count)
-
-    @abstractmethod
-    def read(self, index: int, *, repeated: bool) -> Batch:
-        """Sample `index` of the split; a repeated one only fills up the last round, and must not count."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, drawing
+from kdlvfm.data.base import DataError
 from kdlvfm.data.box_transforms import BoxAugmentation
 from kdlvfm.data.boxes import Boxes, Sample, clip, fitting_factor, resize
 from kdlvfm.data.mixed import MixedData
 from kdlvfm.data.sampler import SampleKey
+from kdlvfm.data.sets import Batch, EvaluationSet, TrainingSet, drawing
 from kdlvfm.data.transforms import PAD_COLOUR
 
 PAD_MULTIPLE = 32
@@ -53,7 +54,8 @@ class DetectionData(MixedData):
         **loading: see `MixedData`.
 
     Raises:
-        DataError: sizes that are not positive or do not fit each other, or an augmentation for masks.
+        DataError: sizes that are not positive or do not fit each other, an augmentation for masks, or
+            `augment_on_device`.
     """
 
     truth = "boxes"
@@ -67,6 +69,8 @@ class DetectionData(MixedData):
             raise DataError("recipe.augmentation is not made for boxes: choose a recipe for detection, such as 1x.")
         if resize is not None and (len(resize) != 2 or not 1 <= resize[0] <= resize[1]):
             raise DataError(f"data.resize must be [short, long] side in pixels or null, not {resize}.")
+        if self.augment_on_device:
+            raise DataError("data.augment_on_device is for masks and images without labels: leave it out for boxes.")
         self.resize = None if resize is None else (int(resize[0]), int(resize[1]))
         self.augmentation = augmentation
 
@@ -123,7 +127,7 @@ class DetectionData(MixedData):
             "index": default_collate([sample["index"] for sample in samples]),
         }
 
-    def training_set(self) -> KeyedDataset:
+    def training_set(self) -> TrainingSet:
         """Augmented samples with and without boxes."""
         parts = self.samples("train"), self.unlabelled_samples()
         return _TrainingSet(*parts, self.augmentation, self.resize, self.seed)
@@ -148,7 +152,7 @@ def check_sample(image: Tensor, boxes: Boxes, num_classes: int, what: str) -> No
         )
 
 
-class _TrainingSet:
+class _TrainingSet(TrainingSet):
     """Augmented samples of both parts."""
 
     def __init__(
@@ -165,19 +169,23 @@ class _TrainingSet:
         self._limits = limits
         self._seed = seed
 
-    def __getitem__(self, key: SampleKey) -> Batch:
-        beyond = key.sample - len(self._labelled)
-        part, place = self._labelled, key.sample
-        if beyond >= 0 and self._unlabelled is not None:
-            part, place = self._unlabelled, beyond
-        sample = _without_crowds(part, place)
+    def read(self, key: SampleKey) -> Sample:
+        part, place = self._part(key)
+        return _without_crowds(part, place)
+
+    def finish(self, sample: Sample, key: SampleKey) -> Batch:
+        part, _ = self._part(key)
         if self._augmentation is None:
             image, boxes = clip(resize(sample, self._fit(sample[0].shape[-2:])))
         else:
             with drawing(self._seed, key):
                 image, boxes = self._augmentation(sample, self._fit, functools.partial(_more, part))
-        mark = {} if self._unlabelled is None else {"labelled": torch.tensor(beyond < 0)}
+        mark = {} if self._unlabelled is None else {"labelled": torch.tensor(part is self._labelled)}
         return {"image": image.float() / 255, "target": _target(image, boxes) | mark, "index": key.sample}
+
+    def _part(self, key: SampleKey) -> tuple[Samples, int]:
+        beyond = key.sample - len(self._labelled)
+        return (self._labelled, key.sample) if beyond < 0 or self._unlabelled is None else (self._unlabelled, beyond)
 
     def _fit(self, size: Sequence[int]) -> float:
         return fitting_factor(size, self._limits)

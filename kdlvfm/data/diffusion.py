@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, SampleData
+from kdlvfm.data.base import DataError, SampleData
 from kdlvfm.data.sampler import SampleKey
+from kdlvfm.data.sets import Batch, EvaluationSet, TrainingSet
 
 
 class DiffusionData(SampleData):
@@ -66,7 +67,7 @@ class DiffusionData(SampleData):
                     f"{tuple(images.shape)}."
                 )
 
-    def training_set(self) -> KeyedDataset:
+    def training_set(self) -> TrainingSet:
         """Training images as they are."""
         return _TrainingSet(self.images("train"))
 
@@ -82,12 +83,15 @@ class DiffusionData(SampleData):
         return digest.hexdigest()
 
 
-class _TrainingSet:
+class _TrainingSet(TrainingSet):
     def __init__(self, images: Tensor) -> None:
         self._images = images
 
-    def __getitem__(self, key: SampleKey) -> Batch:
-        return {"image": self._images[key.sample].float() / 255, "index": key.sample}
+    def read(self, key: SampleKey) -> Tensor:
+        return self._images[key.sample]
+
+    def finish(self, sample: Tensor, key: SampleKey) -> Batch:
+        return {"image": sample.float() / 255, "index": key.sample}
 
 
 class _EvaluationSet(EvaluationSet):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, drawing
+from kdlvfm.data.base import DataError
 from kdlvfm.data.mixed import MixedData
 from kdlvfm.data.sampler import SampleKey
+from kdlvfm.data.sets import Batch, EvaluationSet, TrainingSet, drawing
 from kdlvfm.data.transforms import Augmentation
 
 VOID = 255
@@ -87,7 +88,7 @@ class SegmentationData(MixedData):
             **evaluation,
         }
 
-    def training_set(self) -> KeyedDataset:
+    def training_set(self) -> TrainingSet:
         """Augmented samples with and without mask."""
         return _TrainingSet(self.samples("train"), self.unlabelled_samples(), self.augmentation, self.seed)
 
@@ -113,7 +114,7 @@ def check_sample(image: Tensor, mask: Tensor, num_classes: int, what: str) -> No
         )
 
 
-class _TrainingSet:
+class _TrainingSet(TrainingSet):
     """Augmented training samples."""
 
     def __init__(
@@ -124,12 +125,14 @@ class _TrainingSet:
         self._augmentation = augmentation
         self._seed = seed
 
-    def __getitem__(self, key: SampleKey) -> Batch:
+    def read(self, key: SampleKey) -> tuple[Tensor, Tensor]:
         beyond = key.sample - len(self._labelled)
         if beyond < 0 or self._unlabelled is None:
-            image, mask = self._labelled[key.sample]
-        else:
-            image, mask = self._unlabelled[beyond]
+            return self._labelled[key.sample]
+        return self._unlabelled[beyond]
+
+    def finish(self, sample: tuple[Tensor, Tensor], key: SampleKey) -> Batch:
+        image, mask = sample
         if self._augmentation is not None:
             with drawing(self._seed, key):
                 image, mask = self._augmentation(image, mask)

@@ -77,7 +77,7 @@ class Augmentation:
         self._colour = colour_jitter(brightness, contrast, saturation)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """An augmented sample.
+        """An augmented sample, on the device where it lies.
 
         Args:
             image: uint8 (3, H, W).
@@ -108,8 +108,8 @@ class Augmentation:
     def _cut(self, image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         rows, rows_out = _place(image.shape[-2], size[0])
         columns, columns_out = _place(image.shape[-1], size[1])
-        image_out = torch.tensor(PAD_COLOUR, dtype=image.dtype)[:, None, None].repeat(1, *size)
-        mask_out = torch.full(size, _VOID, dtype=mask.dtype)
+        image_out = torch.tensor(PAD_COLOUR, dtype=image.dtype, device=image.device)[:, None, None].repeat(1, *size)
+        mask_out = torch.full(size, _VOID, dtype=mask.dtype, device=mask.device)
         image_out[:, rows_out, columns_out] = image[:, rows, columns]
         mask_out[rows_out, columns_out] = mask[rows, columns]
         return image_out, mask_out

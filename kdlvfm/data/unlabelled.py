@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from kdlvfm.data.base import Batch, DataError, EvaluationSet, KeyedDataset, SampleData, drawing
+from kdlvfm.data.base import DataError, SampleData
 from kdlvfm.data.image_folder import ImageFolder
 from kdlvfm.data.images import decode, image_size, pixels, read_bytes
 from kdlvfm.data.sampler import SampleKey
+from kdlvfm.data.sets import Batch, EvaluationSet, TrainingSet, drawing
 from kdlvfm.data.transforms import Augmentation
 
 _MOST_HELD_OUT = 1000
@@ -111,7 +112,7 @@ class UnlabelledImages(SampleData):
                 for _ in pool.map(read, self._paths[split]):
                     pass
 
-    def training_set(self) -> KeyedDataset:
+    def training_set(self) -> TrainingSet:
         """Augmented squares."""
         return _TrainingSet(self._paths["train"], self.size, self.augmentation, self.seed)
 
@@ -160,7 +161,7 @@ def _fitted(path: Path, size: int) -> Tensor:
     return resized
 
 
-class _TrainingSet:
+class _TrainingSet(TrainingSet):
     """Augmented squares."""
 
     def __init__(self, paths: Sequence[Path], size: int, augmentation: Augmentation | None, seed: int) -> None:
@@ -169,15 +170,18 @@ class _TrainingSet:
         self._augmentation = augmentation
         self._seed = seed
 
-    def __getitem__(self, key: SampleKey) -> Batch:
-        image, side = _fitted(self._paths[key.sample], self._size), self._size
+    def read(self, key: SampleKey) -> Tensor:
+        return _fitted(self._paths[key.sample], self._size)
+
+    def finish(self, sample: Tensor, key: SampleKey) -> Batch:
+        image, side = sample, self._size
         if self._augmentation is None:
             image = F.center_crop(image, [side])
         else:
             with drawing(self._seed, key):
                 top, left = (int(torch.randint(length - side + 1, ())) for length in image.shape[-2:])
                 square = image[:, top : top + side, left : left + side]
-                image, _ = self._augmentation(square, torch.zeros(side, side, dtype=torch.int64))
+                image, _ = self._augmentation(square, torch.zeros(side, side, dtype=torch.int64, device=image.device))
         return {"image": image.float() / 255, "index": key.sample}
 
 

@@ -4,6 +4,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -59,6 +60,13 @@ def test_features_are_learned_without_labels_and_become_the_encoder_of_other_stu
     assert ended.out.count(f"{100 * record['metrics']['val']['teacher_r2']:.2f}") == 2
 
     learned = load_file(out / "student.safetensors")
+    ended = kdlvfm("export", out)
+    assert ended.code == 1
+    name = record["student"]["name"]
+    assert f"{out}/student.safetensors needs no export" in ended.err
+    assert f"create_model({name!r}" in ended.err
+    plain = timm.create_model(name, num_classes=0, checkpoint_path=out / "student.safetensors").state_dict()
+    assert all(torch.equal(plain[key], value) for key, value in learned.items())
     chosen = ("distiller=none", "data=digit_scenes", "recipe=digit_scenes", "run.progress=none")
     weights = f"checkpoint={out / 'student.safetensors'}"
     whole = build(compose([*chosen, "student=resnet18_fpn", "student.name=test_resnet", f"student.{weights}"]))

@@ -50,6 +50,16 @@ def test_nothing_is_timed_where_it_was_not_asked_for(head):
     assert record_of(head)["inference"] is None
 
 
+def test_where_images_are_augmented_changes_nothing_on_one_device(train, tmp_path):
+    found = {}
+    for choice in ("false", "true"):
+        out = tmp_path / choice
+        ended = train("distiller=none", f"data.augment_on_device={choice}", "run.num_workers=1", f"out={out}")
+        assert ended.code == 0, ended.err
+        found[choice] = load_file(out / "student.safetensors")
+    assert all(torch.equal(found["true"][name], value) for name, value in found["false"].items())
+
+
 def test_features_of_a_random_teacher_are_distilled_and_said_to_be_random(train, vit, tmp_path):
     ended = train("distiller=fitnet", *vit, f"out={tmp_path / 'run'}")
     assert ended.code == 0, ended.err

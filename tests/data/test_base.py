@@ -3,12 +3,16 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from PIL import Image
 
+from kdlvfm.data.base import DataError
 from kdlvfm.data.box_transforms import BoxAugmentation
 from kdlvfm.data.digit_scenes import DigitScenes
 from kdlvfm.data.digit_scenes_boxes import DigitScenesBoxes
 from kdlvfm.data.sampler import SampleKey
 from kdlvfm.data.transforms import Augmentation
+from kdlvfm.data.unlabelled import UnlabelledImages
 
 LOADING = {"batch_size": 2, "steps": 6}
 
@@ -70,3 +74,58 @@ def test_without_augmentation_there_is_one_view():
     assert data.distinct_views == 5
     data.augmentation = None
     assert data.distinct_views == 1
+
+
+def squares(tmp_path, **changes):
+    for i in range(6):
+        pixels = torch.randint(256, (40, 52 + i, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    augmentation = Augmentation(scale=(0.5, 2), **COLOUR)
+    return UnlabelledImages(tmp_path, size=32, augmentation=augmentation, **LOADING, **changes)
+
+
+def mixed(tmp_path, **changes):
+    del tmp_path
+    augmentation = Augmentation(scale=(0.5, 2), crop=(24, 28), **COLOUR)
+    return DigitScenes(size=32, labelled=4, unlabelled=3, augmentation=augmentation, **LOADING, **changes)
+
+
+COLOUR = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
+
+
+@pytest.mark.parametrize("make", [squares, mixed])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_augmented_behind_the_loader_batches_are_the_same(make, workers, tmp_path):
+    plain = make(tmp_path)
+    data = make(tmp_path, augment_on_device=True, num_workers=workers)
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+    for found, expected in zip(batches, plain.train_dataloader(), strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("make", [squares, mixed])
+def test_augmentation_stays_on_the_device_where_the_batch_lies(make, tmp_path):
+    """The meta device stands in for a GPU: what mixes it with the CPU fails."""
+    data = make(tmp_path, augment_on_device=True)
+    batch = move_data_to_device(next(iter(data.train_dataloader())), torch.device("meta"))
+    made = data.on_after_batch_transfer(batch, 0)
+    expected = next(iter(make(tmp_path).train_dataloader()))
+    assert {name: value.device.type for name, value in made.items()} == dict.fromkeys(expected, "meta")
+    assert made["image"].shape == expected["image"].shape
+
+
+def test_evaluation_batches_are_left_alone(tmp_path):
+    data = mixed(tmp_path, augment_on_device=True)
+    batch = next(iter(data.val_dataloader()))
+    assert data.on_after_batch_transfer(batch, 0) is batch
+
+
+def test_what_cannot_be_augmented_on_the_device(tmp_path):
+    with pytest.raises(DataError, match="leave it out for boxes"):
+        boxes(augment_on_device=True)
+    data = mixed(tmp_path, augment_on_device=True)
+    data.companion = companion
+    with pytest.raises(DataError, match="not for a teacher cache"):
+        data.train_dataloader()
