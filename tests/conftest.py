@@ -230,19 +230,12 @@ def detection_batch():
     ]
     sizes = [SIZE, SIZE, SIZE, (16, 24)]
     target = [
-        {
-            "boxes": torch.tensor(found).reshape(-1, 4),
-            "labels": torch.arange(len(found)),
-            "size": torch.tensor(size),
-        }
+        {"boxes": torch.tensor(found).reshape(-1, 4), "labels": torch.arange(len(found)), "size": torch.tensor(size)}
         for found, size in zip(boxes, sizes, strict=True)
     ]
     generator = torch.Generator().manual_seed(3)
-    return {
-        "image": torch.rand(4, 3, *SIZE, generator=generator),
-        "boxes": target,
-        "index": torch.tensor([5, 0, 11, 3]),
-    }
+    images = torch.rand(4, 3, *SIZE, generator=generator)
+    return {"image": images, "boxes": target, "index": torch.tensor([5, 0, 11, 3])}
 
 
 @pytest.fixture
@@ -297,3 +290,11 @@ def make_step(student, teacher, task, batch):
         return Step(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """`torch.compile` without its code generator, which takes minutes."""
+    torch._dynamo.reset()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))

@@ -21,6 +21,7 @@ from kdlvfm.data.base import SampleData
 from kdlvfm.training.fit import check_fit, check_schedule
 from kdlvfm.training.module import DistillationModule
 from kdlvfm.training.optimizers import Plan, Plans
+from kdlvfm.training.options import check_options
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Cell:
     cache: RunCache | None = None
 
 
+# What a teacher's node may set of any teacher, whatever its class.
+_OF_TEACHERS = ("input_size", "precision", "channels_last", "compile", "batch")
+
 _TASKS = {"masks": "segmentation", "boxes": "detection", "images": "diffusion", "no labels": "representation"}
 
 # Least value of each whole number that a run is carried out by; Hydra takes any word for a value.
@@ -44,32 +48,26 @@ _WHOLE = {
     "recipe.steps": 1,
     "recipe.batch_size": 1,
     "recipe.accumulate": 1,
-    "recipe.val_every": 1,
     "recipe.warmup_steps": 0,
     "run.num_workers": 0,
     "run.checkpoint_every": 1,
+}
+_WHOLE_OR_NULL = {
+    "recipe.val_every": 1,
     "run.threads": 1,
     "run.diagnose_every": 1,
     "run.dead_term_steps": 1,
     "run.inference_seconds": 1,
     "teacher_cache.views": 1,
 }
-_MAY_BE_NULL = (
-    "recipe.val_every",
-    "run.threads",
-    "run.diagnose_every",
-    "run.dead_term_steps",
-    "run.inference_seconds",
-    "teacher_cache.views",
-)
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
     """Raise `CommandError` for a whole number that is none, or too small."""
-    for key, least in _WHOLE.items():
+    for key, least in {**_WHOLE, **_WHOLE_OR_NULL}.items():
         group, _, name = key.rpartition(".")
         value = config[group][name] if group else config[name]
-        if value is None and key in _MAY_BE_NULL:
+        if value is None and key in _WHOLE_OR_NULL:
             continue
         if not isinstance(value, int) or value < least:
             raise CommandError(f"{key} must be a whole number from {least} on, not {value!r}.")
@@ -143,10 +141,13 @@ def build_student(node: Mapping[str, Any], num_classes: int) -> FeatureModel:
     return student
 
 
-def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) -> Teacher | None:
+def build_teacher(
+    node: Mapping[str, Any] | None, class_names: tuple[str, ...], device: str | None = None
+) -> Teacher | None:
     """The frozen teacher; `None` for `teacher=none`. A zero-shot teacher classifies into the classes of the data.
 
-    The members of an ensemble are built like teachers of their own, each with its `input_size`.
+    The members of an ensemble are built like teachers of their own, each with its `input_size` and its options. The
+    teacher computes on `device` or, where that is `None`, on the one that it is moved to.
 
     Raises:
         CommandError: a wrong argument.
@@ -154,7 +155,11 @@ def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) 
     if node is None or node["_target_"] is None:
         return None
     arguments = dict(node)
-    input_size = arguments.pop("input_size", None)
+    if "device" in arguments:
+        raise CommandError("where a teacher computes changes no result: set run.teacher_device, not teacher.device.")
+    chosen = {name: arguments.pop(name) for name in _OF_TEACHERS if name in arguments}
+    if isinstance(chosen.get("input_size"), list):
+        chosen["input_size"] = tuple(chosen["input_size"])
     if "class_names" in arguments and arguments["class_names"] is None:
         arguments["class_names"] = list(class_names)
     if "members" in arguments:
@@ -169,7 +174,7 @@ def build_teacher(node: Mapping[str, Any] | None, class_names: tuple[str, ...]) 
     else:
         model = instantiate(arguments)
     try:
-        return Teacher(model, input_size=tuple(input_size) if isinstance(input_size, list) else input_size)
+        return Teacher(model, **chosen, device=device)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -247,7 +252,7 @@ def build(config: Mapping[str, Any]) -> Cell:
     data.views = config["teacher_cache"]["views"]
     torch.manual_seed(config["seed"])
     student = build_student(config["student"], data.num_classes)
-    teacher = build_teacher(config["teacher"], data.class_names)
+    teacher = build_teacher(config["teacher"], data.class_names, config["run"]["teacher_device"])
     task = build_task(config, data, teacher)
     try:
         task.student_taps(student)
@@ -266,6 +271,7 @@ def build(config: Mapping[str, Any]) -> Cell:
         distiller = build_distiller(config["distiller"], context)
         check_teaching(distiller, task)
         check_fit(student, distiller, teacher, data.num_classes, trainer["precision"], trainer["accelerator"])
+        check_options(distiller, teacher, trainer)
         check_schedule(
             steps=recipe["steps"],
             selection=recipe["selection"],

@@ -76,7 +76,7 @@ def _baseline(folder: Path, method: Record) -> Record:
             continue  # `kdlvfm table` names it; here another may do
         baseline = record["distiller"]["name"] == BASELINE and not record["config"].get("equal_time")
         same = all(record[key] == method[key] for key in ("recipe_hash", "hardware"))
-        same = same and record["config"]["trainer"] == method["config"]["trainer"]
+        same = same and _trainer(record) == _trainer(method)
         if baseline and same and record["status"] == "finished":
             found.append(record)
     if not found:
@@ -85,6 +85,11 @@ def _baseline(folder: Path, method: Record) -> Record:
             f"distiller=none on the same machine, with out= a folder in {folder.resolve().parent}."
         )
     return min(found, key=lambda record: (record["seed"] != method["seed"], record["seed"]))
+
+
+def _trainer(record: Record) -> dict[str, Any]:
+    """The trainer's settings; one that is off is as one that older runs lack."""
+    return {name: value for name, value in record["config"]["trainer"].items() if value is not False}
 
 
 def _step_seconds(folder: Path, record: Record) -> float:

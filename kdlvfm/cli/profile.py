@@ -25,6 +25,7 @@ the cache is computed first, and kept.
 _EXAMPLES = """\
 examples:
   kdlvfm profile experiment=demo distiller=cwd
+  kdlvfm profile experiment=demo distiller=cwd teacher.precision=bf16 trainer.channels_last=true
   kdlvfm profile data=camvid teacher=dinov3_vitb16 distiller=fitnet recipe=cirkd_40k --steps 50 --json step.json
 """
 _LEAST_WAIT = 0.1
@@ -157,7 +158,8 @@ def verdict(
         }
     part = max((name for name in seconds if name != "data"), key=lambda name: seconds[name])
     advice = {
-        "teacher": "teacher_cache=build: the teacher's features are computed once, and read in every step",
+        "teacher": "teacher_cache=build: the teacher's features are computed once, and read in every step; or "
+        "teacher.precision, teacher.compile and others, see docs/performance.md",
         "trainer": "a larger recipe.batch_size: a step of it costs the trainer no more",
         "loss": "kdlvfm list distiller, and docs/performance.md for what each loss costs",
         "optimizer": "another recipe.optimizer, or a larger recipe.batch_size",

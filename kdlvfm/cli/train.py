@@ -26,6 +26,8 @@ often set:
   out=FOLDER                  instead of runs/<data>/<student>/<distiller>-<teacher>-seed<seed>-<hash>
   teacher.pretrained=false    random weights (said in the record); teacher.checkpoint=PATH reads a local file
   trainer.precision=bf16-mixed  trainer=ddp  recipe.steps=1000  recipe.optimizer.lr=0.01
+  teacher.precision=bf16      the teacher alone in half precision; teacher.compile=true  trainer.compile=true
+                              teacher.batch=4 and others that make a step cheaper: docs/performance.md
   equal_time=RUN              with distiller=none: so many steps that it takes as long as that run of a distiller
   distiller.loss_weight=5     any argument of the distiller's class; the same for teacher, student and data
   distiller=kd+cwd            several distillers in one run: distiller.parts.cwd.loss_weight=5

@@ -130,8 +130,9 @@ class MaskedTask(nn.Module):
             if step.teacher is None:
                 raise ValueError("the masks are learned with the teacher's head, and this step has no teacher.")
             model = step.teacher.model
-            read = {_canonical(self.tap, model): masked.to(next(model.parameters()).dtype)}
-            outputs = model.apply_head(read, (height, width))
+            # Where the teacher is and in its precision, which may be others than the student's.
+            read = {_canonical(self.tap, model): masked.to(next(model.parameters()))}
+            outputs = {tap: value.to(masked.device) for tap, value in model.apply_head(read, (height, width)).items()}
         terms = step.task.loss(step.student, outputs, step.target)
         return {f"mask_{name}": term for name, term in terms.items()}
 

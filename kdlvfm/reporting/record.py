@@ -43,6 +43,17 @@ _WITHOUT_EFFECT = (
     "trainer.num_nodes",
     "trainer.strategy",
 )
+# Settings that older runs lack: null and false say the same as their absence.
+_OFF_UNLESS_SET = (
+    "data.augment_on_device",
+    "equal_time",
+    "teacher.batch",
+    "teacher.channels_last",
+    "teacher.compile",
+    "teacher.precision",
+    "trainer.channels_last",
+    "trainer.compile",
+)
 _LIBRARIES = (
     "kdlvfm",
     "torch",
@@ -73,13 +84,11 @@ class RecordError(ValueError):
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that can change a result."""
     kept = copy.deepcopy(dict(config))
-    for key in _WITHOUT_EFFECT:
+    for key in (*_WITHOUT_EFFECT, *_OFF_UNLESS_SET):
         group, _, leaf = key.rpartition(".")
         parent = kept.get(group) if group else kept
-        if isinstance(parent, dict):
+        if isinstance(parent, dict) and (key in _WITHOUT_EFFECT or parent.get(leaf) in (None, False)):
             parent.pop(leaf, None)
-    if "equal_time" in kept and kept["equal_time"] is None:
-        del kept["equal_time"]  # as in runs from before there was this setting
     effect = _effect_of_cache(kept.pop("teacher_cache", {}))
     if effect:
         kept["teacher_cache"] = effect

@@ -31,6 +31,7 @@ from kdlvfm.training.callbacks import (
 from kdlvfm.training.cost import CostMeter
 from kdlvfm.training.diagnostics import Diagnostics
 from kdlvfm.training.module import DistillationModule
+from kdlvfm.training.options import STUDENT_OPTIONS, running
 
 PROGRESS = ("bar", "line", "none")
 
@@ -135,7 +136,8 @@ def fit(
         module: student, distiller, task and optimizers.
         data: its `train_dataloader` holds the whole run; `start_step` is set on resuming.
         folder: the run's folder.
-        trainer: further arguments of `lightning.pytorch.Trainer`, such as precision and devices.
+        trainer: further arguments of `lightning.pytorch.Trainer`, such as precision and devices; and those of
+            `kdlvfm.training.options.running`, how the student runs.
         loggers: where metrics go.
         selection: `"last"` or `"best_val"`.
         val_every: steps between validations; `None` validates only at the end, outside this function.
@@ -168,7 +170,8 @@ def fit(
     # Lightning's advice and its notes on devices would bury what the run itself has to say.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    student_options = {name: value for name, value in trainer.items() if name in STUDENT_OPTIONS}
+    with warnings.catch_warnings(), running(module.student, **student_options):
         # Frozen encoders stay in eval mode on purpose; the loader's worker count is the user's decision.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         warnings.filterwarnings("ignore", r"The '\w+' does not have many workers")
@@ -220,7 +223,7 @@ def _strategy(trainer: Mapping[str, Any], module: DistillationModule) -> dict[st
     A distiller with several groups moves a part of the parameters at a time, which DDP must be told; and who saves and
     requeues a job of a cluster.
     """
-    chosen = dict(trainer)
+    chosen = {name: value for name, value in trainer.items() if name not in STUDENT_OPTIONS}
     if chosen.get("strategy") == "ddp":
         chosen["strategy"] = DDPStrategy(find_unused_parameters=module.moves_subsets)
     if SLURMEnvironment.detect():
