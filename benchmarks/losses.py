@@ -3,6 +3,7 @@
 
     python benchmarks/losses.py                                  all, the record and the table in docs/performance.md
     python benchmarks/losses.py --only pairwise,gram --size 64   these alone; the record keeps the others
+    python benchmarks/losses.py --size 128 --memory 8            all on maps of 128 x 128
     python benchmarks/losses.py --device cuda                    a record of its own
     python benchmarks/losses.py --table                          writes the tables alone, from the records
 
@@ -32,8 +33,6 @@ from kdlvfm.reporting.record import environment
 
 MATRICES = 6
 """Matrices of similarities that a plain form holds at once, those of its backward pass included."""
-COPIES = 8
-"""The same of maps."""
 
 
 def fitting(case: Case, shape: Shape, limit: float) -> int:
@@ -42,7 +41,7 @@ def fitting(case: Case, shape: Shape, limit: float) -> int:
     while batch > 1:
         entries = {"none": 0, "image": batch * positions**2, "batch": (batch * positions) ** 2}
         matrix = entries.get(case.pairs, batch * positions * QUEUE)
-        if 4 * (MATRICES * matrix + COPIES * batch * positions * TEACHER * case.of_maps) <= limit:
+        if 4 * (MATRICES * matrix + case.copies * batch * positions * TEACHER * case.of_maps) <= limit:
             break
         batch //= 2
     return batch

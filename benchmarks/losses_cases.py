@@ -162,7 +162,7 @@ class Case:
 
     `pairs` says which matrix of similarities the plain form holds: of the positions of each image, of each image and
     each other, or of a whole memory. `own_channels`: the student has its own number of channels. `of_maps`: the inputs
-    depend on the size of the maps.
+    depend on the size of the maps. `copies`: how many of the teacher's maps the plain form may hold at once.
     """
 
     name: str
@@ -172,6 +172,7 @@ class Case:
     pairs: Literal["none", "image", "batch", "memory"] = "none"
     own_channels: bool = False
     of_maps: bool = True
+    copies: int = 10
 
 
 def cka_of_positions(student: Tensor, teacher: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ CASES = (
     Case("vkd", zoo.vkd_loss, plain.vkd, projected),
     Case("scale_kd", zoo.scale_kd_loss, plain.scale_kd, projected),
     Case("cosine_smooth_l1", zoo.cosine_smooth_l1_loss, plain.cosine_smooth_l1, projected),
-    Case("maskd", zoo.maskd_loss, plain.maskd, masked),
+    Case("maskd", zoo.maskd_loss, plain.maskd, masked, copies=24),
     Case("fgd", zoo.fgd_loss, plain.fgd, boxed),
     Case("freekd", zoo.freekd_loss, plain.freekd, banded),
     Case("i2ckd", zoo.i2ckd_loss, relations.i2ckd, labelled(projected, plain.CLASSES)),
@@ -247,5 +248,5 @@ CASES = (
     Case("cirkd_pixel", zoo.cirkd_pixel_loss, relations.cirkd_pixel, maps, "batch", own_channels=True),
     Case("cirkd_memory", zoo.cirkd_memory_loss, relations.memory_relation, remembered, "memory"),
     Case("token_relation", zoo.token_relation_loss, relations.token_relation, maps, "image", own_channels=True),
-    Case("afdcd", zoo.afdcd_loss, relations.afdcd, projected),
+    Case("afdcd", zoo.afdcd_loss, relations.afdcd, projected, copies=30),
 )

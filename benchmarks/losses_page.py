@@ -29,7 +29,7 @@ def table(record: dict[str, Any]) -> list[str]:
         size = f"{entry['size']}x{entry['size']}" if entry["size"] else "–"
         lines.append(
             f"| `{entry['loss']}` | {size} | {entry['channels'] or '–'} | {entry['batch']} | "
-            f"{_time(ours)} | {_time(plain)} | **{entry['faster']:.2f}** | "
+            f"{time_text(ours)} | {time_text(plain)} | **{entry['faster']:.2f}** | "
             f"{_memory(ours)} | {_memory(plain)} | **{entry['smaller']:.1f}** |"
         )
     where = environment["hardware"]["gpu"] if setting["device"] == "cuda" else environment["hardware"]["cpu"]
@@ -41,7 +41,7 @@ def table(record: dict[str, Any]) -> list[str]:
     return [*lines, "", notes]
 
 
-def _time(side: dict[str, float]) -> str:
+def time_text(side: dict[str, float]) -> str:
     return f"{side['milliseconds']:.{0 if side['milliseconds'] >= 100 else 1 if side['milliseconds'] >= 10 else 2}f} ms"
 
 

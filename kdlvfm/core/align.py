@@ -156,6 +156,13 @@ def unit_vectors(x: Tensor, dim: int = 1, min_norm: float = 1e-4) -> Tensor:
     return F.normalize(x, dim=dim, eps=min_norm)
 
 
+def cosines(x: Tensor, y: Tensor, dim: int = 1, min_norm: float = 1e-4) -> Tensor:
+    """Inner products along `dim` of the `unit_vectors` of x and y, which are never formed."""
+    lengths = [torch.linalg.vector_norm(z, dim=dim).clamp(min=min_norm) for z in (x, y)]
+    found: Tensor = (x * y).sum(dim=dim) / (lengths[0] * lengths[1])
+    return found
+
+
 def class_masks(target: Tensor, num_classes: int, size: Sequence[int], ignore_index: int | None = 255) -> Tensor:
     """Where each class is: labels (B, H, W) to booleans (B, num_classes, h, w) on a grid of `size` = (h, w).
 
@@ -214,27 +221,23 @@ def gram_distance(x: Tensor, y: Tensor) -> Tensor:
     return total / (batch * rows**2)
 
 
-def self_product(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X xᵀ, (..., N, N), of (..., N, C). Its gradient takes one product; that of `x @ x.mT` takes two.
-
-    `scale`, a scalar, multiplies x first and is held constant.
-    """
-    product: Tensor = _SelfProduct.apply(x, scale)
+def self_product(x: Tensor) -> Tensor:
+    """X xᵀ, (..., N, N), of (..., N, C). Its gradient takes one product; that of `x @ x.mT` takes two."""
+    product: Tensor = _SelfProduct.apply(x)
     return product
 
 
 class _SelfProduct(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
-        scaled = x if scale is None else x * scale
-        ctx.save_for_backward(scaled, scale)
-        return scaled @ scaled.mT
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        scaled, scale = ctx.saved_tensors
-        both = slope + slope.mT
-        return (both if scale is None else both * scale) @ scaled, None
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad: Tensor = (slope + slope.mT) @ x
+        return grad
 
 
 def check_levels(**levels: Sequence[object]) -> None:

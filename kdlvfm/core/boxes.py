@@ -53,14 +53,22 @@ def giou_of_distances(first: Tensor, second: Tensor) -> Tensor:
 
     Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
     """
-    shared, hull = _area(torch.minimum(first, second)), _area(torch.maximum(first, second)).clamp(min=1e-6)
-    union = (_area(first) + _area(second) - shared).clamp(min=1e-6)
-    return shared / union - (hull - union) / hull
+    own, goal, inner = _sides(first), _sides(second), _sides(torch.minimum(first, second))
+    # The larger of two numbers is their sum less the smaller one.
+    shared, hull = _area(inner), _area(own + goal - inner).clamp(min=1e-6)
+    union = (_area(own) + _area(goal) - shared).clamp(min=1e-6)
+    return shared / union + union / hull - 1
 
 
-def _area(distances: Tensor) -> Tensor:
-    left, top, right, bottom = distances.unbind(1)
-    return (left + right).clamp(min=0) * (top + bottom).clamp(min=0)
+def _sides(distances: Tensor) -> Tensor:
+    """Width and height, (B, 2, ...)."""
+    near, far = distances.chunk(2, dim=1)
+    return near + far
+
+
+def _area(sides: Tensor) -> Tensor:
+    width, height = sides.clamp(min=0).unbind(1)
+    return width * height
 
 
 def _kind(target: Any) -> str:

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kdlvfm.core.align import promote, resize_map, self_product
-from kdlvfm.core.blocks import check_first_derivative
-
-_BLOCK = 2**16
-"""Entries of a block of columns: 256 KiB in single precision."""
+from kdlvfm.core.blocks import block_length, check_first_derivative
 
 
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
@@ -70,17 +67,46 @@ def _centred_kernel(x: Tensor) -> Tensor:
     return torch.where(trace > 1e-12 * squares, kernel / trace.clamp(min=1e-24), torch.zeros_like(kernel))
 
 
+def scaled_product(x: Tensor, scale: Tensor) -> Tensor:
+    """Inner products (N, N) of the rows of (N, D) times a scalar that has no gradient; the scaled rows are never held.
+
+    No product leaves the range of floats where those of the scaled rows do not.
+    """
+    product: Tensor = _ScaledProduct.apply(x, scale)
+    return product
+
+
+class _ScaledProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        product = x.new_zeros((len(x), len(x)))
+        for columns in _pieces(x):
+            scaled = columns * scale
+            product.addmm_(scaled, scaled.T)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        check_first_derivative()
+        x, scale = ctx.saved_tensors
+        both, found = (slope + slope.T) * scale, torch.empty_like(x)
+        for columns, part in zip(_pieces(x), _pieces(found), strict=True):
+            torch.mm(both, columns * scale, out=part)
+        return found, None
+
+
 class _CentredProduct(Function):
     """d dᵀ of the rows d of (N, D) less their mean, and the sum of all squares of (N, D), which has no gradient.
 
-    Few rows are long, so they are read in blocks of columns, small enough for a processor's cache.
+    Few rows are long, so they are read in blocks of columns.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
         product, squares = x.new_zeros((len(x), len(x))), x.new_zeros(())
-        for columns in torch.split(x, _columns(x), dim=1):
+        for columns in _pieces(x):
             mean = columns.mean(0)
             deviation = columns - mean
             product.addmm_(deviation, deviation.T)
@@ -95,14 +121,15 @@ class _CentredProduct(Function):
         (x,) = ctx.saved_tensors
         both = slope + slope.T
         both = both - both.mean(0)
-        width, found = _columns(x), torch.empty_like(x)
-        for columns, part in zip(torch.split(x, width, 1), torch.split(found, width, 1), strict=True):
-            part.copy_(both @ (columns - columns.mean(0)))
+        found = torch.empty_like(x)
+        for columns, part in zip(_pieces(x), _pieces(found), strict=True):
+            torch.mm(both, columns - columns.mean(0), out=part)
         return found
 
 
-def _columns(x: Tensor) -> int:
-    return max(_BLOCK // max(len(x), 1), 1)
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of columns of (N, D)."""
+    return torch.split(x, block_length(x, len(x)), dim=1)
 
 
 @torch.no_grad()

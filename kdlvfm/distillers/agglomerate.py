@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from kdlvfm.core import Context, Distiller, Features
-from kdlvfm.core.align import Resize, check_levels, promote, unit_vectors
+from kdlvfm.core.align import Resize, check_levels, cosines, promote
 from kdlvfm.core.aligner import Aligner, Target
 from kdlvfm.core.phi_s import PHISTransform
 from kdlvfm.core.projectors import Projector
@@ -57,7 +57,7 @@ def _by_image(student: Tensor, teacher: Tensor, cosine_weight: float) -> Tensor:
             f"features must have one shape, not {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher)."
         )
     student, teacher = promote(student), promote(teacher.detach())
-    cosine = (unit_vectors(student) * unit_vectors(teacher)).sum(dim=1)
+    cosine = cosines(student, teacher)
     distance = F.smooth_l1_loss(student, teacher, reduction="none")
     angle, length = (x.flatten(1).mean(dim=1) for x in (1 - cosine.unsqueeze(1), distance))
     return cosine_weight * angle + (1 - cosine_weight) * length

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from kdlvfm.core import Context, Distiller, Features
 from kdlvfm.core.align import Resize, promote, standardise
 from kdlvfm.core.aligner import Aligner, Target
+from kdlvfm.core.blocks import block_length, sum_over_blocks
 from kdlvfm.core.projectors import Projector
 
 
@@ -23,6 +24,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
         \phi(x)_i = \frac{e^{x_i / T}}{\sum_j e^{x_j / T}}
 
     with i, j over the H W positions. A constant added to a channel changes nothing; the scale of a channel matters.
+    It can be differentiated once.
 
     Args:
         student: (B, C, H, W) logits or projected features.
@@ -48,14 +50,14 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
         raise ValueError(
             f"maps must have one shape, not {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher)."
         )
-    student, teacher = promote(student), promote(teacher.detach())
-    divergence = F.kl_div(
-        F.log_softmax(student.flatten(2) / temperature, dim=2),
-        F.log_softmax(teacher.flatten(2) / temperature, dim=2),
-        log_target=True,
-        reduction="sum",
-    )
-    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
+    own, goal = (promote(x).flatten(2).flatten(0, 1) for x in (student, teacher.detach()))
+
+    def divergence(own: Tensor, goal: Tensor) -> Tensor:
+        first, second = (F.log_softmax(x / temperature, dim=1) for x in (own, goal))
+        return F.kl_div(first, second, log_target=True, reduction="sum")
+
+    total = sum_over_blocks(divergence, own, goal, block_length(own, own.shape[1]))
+    return total * temperature**2 / len(own)
 
 
 class CWD(Distiller):

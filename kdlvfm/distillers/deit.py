@@ -48,10 +48,9 @@ def deit_loss(
         >>> round(deit_loss(student, teacher).item(), 6)  # ln 4
         1.386294
     """
-    teacher_logits = promote(teacher_logits.detach())
     if teacher_logits.dim() == 4:
         # The logarithm of the mean probability, which is in turn what a softmax gives back.
-        positions = teacher_logits.log_softmax(dim=1).flatten(2)
+        positions = promote(teacher_logits.detach()).log_softmax(dim=1).flatten(2)
         teacher_logits = positions.logsumexp(dim=2) - math.log(positions.shape[2])
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(

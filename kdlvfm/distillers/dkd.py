@@ -70,26 +70,25 @@ def dkd_loss(
             "without the classes."
         )
     labelled = ((target >= 0) & (target != ignore_index)).unsqueeze(1)
-    label = torch.zeros_like(student_logits, dtype=torch.bool).scatter(1, target.unsqueeze(1) * labelled, True)
+    index = target.unsqueeze(1) * labelled
     parts = []
     for logits in (student_logits, teacher_logits.detach()):
-        # Replaced before anything is computed: a logit that is not finite would reach the gradient through 0 * inf.
-        parts.append(_decouple(promote(logits).masked_fill(~labelled, 0) / temperature, label))
+        # Replaced before the softmax: a logit that is not finite would reach the gradient through 0 * inf.
+        parts.append(_decouple((promote(logits) / temperature).masked_fill_(~labelled, 0), index))
     target_part, other_part = (
         F.kl_div(student, teacher, log_target=True, reduction="sum") for student, teacher in zip(*parts, strict=True)
     )
     return temperature**2 * (alpha * target_part + beta * other_part) / labelled.sum().clamp(min=1)
 
 
-def _decouple(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def _decouple(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of the label's probability and that of the rest, and of the rest's probabilities given that it is one.
 
     The second has K entries too, with 0 in place of the label.
     """
-    rest = logits.masked_fill(label, -math.inf)
-    own = logits.masked_fill(~label, 0).sum(1, keepdim=True)
-    binary = torch.cat([own, rest.logsumexp(1, keepdim=True)], dim=1)
-    return binary.log_softmax(1), rest.log_softmax(1).masked_fill(label, 0)
+    rest = logits.scatter(1, index, -math.inf)
+    binary = torch.cat([logits.gather(1, index), rest.logsumexp(1, keepdim=True)], dim=1)
+    return binary.log_softmax(1), rest.log_softmax(1).scatter(1, index, 0)
 
 
 class DKD(Distiller):

@@ -62,32 +62,35 @@ def kd_loss(
         )
     student_logits, teacher_logits = promote(student_logits), promote(teacher_logits.detach())
     count: Tensor | int = student_logits[:, 0].numel()
+    ignored = None
     if target is not None and ignore_index is not None:
         if target.shape != student_logits[:, 0].shape:
             raise ValueError(
                 f"target {tuple(target.shape)} does not fit logits {tuple(student_logits.shape)}: it must be theirs "
                 "without the classes; ignore_index=None distils everywhere and needs no target."
             )
-        # Replaced before anything is computed: a logit that is not finite would reach the gradient through 0 * inf.
         ignored = (target == ignore_index).unsqueeze(1)
-        student_logits, teacher_logits = student_logits.masked_fill(ignored, 0), teacher_logits.masked_fill(ignored, 0)
         count = (~ignored).sum().clamp(min=1)
     if standardize:
-        student_logits, teacher_logits = _standardise_logits(student_logits), _standardise_logits(teacher_logits)
-    divergence = F.kl_div(
-        F.log_softmax(student_logits / temperature, dim=1),
-        F.log_softmax(teacher_logits / temperature, dim=1),
-        log_target=True,
-        reduction="sum",
-    )
-    return temperature**2 * divergence / count
+        student_logits, teacher_logits = (_standardise_logits(x, ignored) for x in (student_logits, teacher_logits))
+    own, goal = (F.log_softmax(_soften(x, temperature, ignored), dim=1) for x in (student_logits, teacher_logits))
+    return temperature**2 * F.kl_div(own, goal, log_target=True, reduction="sum") / count
 
 
-def _standardise_logits(logits: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation over the classes."""
-    std, mean = torch.std_mean(logits, dim=1, keepdim=True)
+def _soften(logits: Tensor, temperature: float, ignored: Tensor | None) -> Tensor:
+    """Logits over the temperature, 0 where they are ignored."""
+    scaled = logits / temperature
+    # Before the softmax, since a logit that is not finite would reach the gradient through 0 * inf; in place, since
+    # nobody else holds the quotient.
+    return scaled if ignored is None else scaled.masked_fill_(ignored, 0)
+
+
+def _standardise_logits(logits: Tensor, ignored: Tensor | None) -> Tensor:
+    """Zero mean and unit standard deviation over the classes, 0 where they are ignored."""
+    known = logits if ignored is None else logits.masked_fill(ignored, 0)
+    std, mean = torch.std_mean(known, dim=1, keepdim=True)
     # The paper's code adds 1e-7 instead, which multiplies the gradient of logits that are still equal by 10^7.
-    return (logits - mean) / std.clamp(min=1e-3)
+    return (known - mean) / std.clamp(min=1e-3)
 
 
 class KD(Distiller):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from kdlvfm.core import Distiller, Features
 from kdlvfm.core.align import promote, self_product
+from kdlvfm.core.blocks import check_first_derivative
 from kdlvfm.core.distributed import gather_batch
 
 
@@ -23,7 +25,8 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         \ell(x, y) = \begin{cases} (x - y)^2 / 2 & |x - y| \le 1 \\ |x - y| - 1/2 & \text{otherwise} \end{cases}
 
     with mu the mean of a network's distances that are not 0. Moving, turning, mirroring and scaling the embeddings of
-    either network changes nothing. Two samples have one distance, which is its own unit: the loss is 0.
+    either network changes nothing. Two samples have one distance, which is its own unit: the loss is 0. It can be
+    differentiated once.
 
     Args:
         student: (B, D_S) embeddings.
@@ -45,7 +48,8 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         1.0
     """
     _check(student, teacher)
-    return F.smooth_l1_loss(_distances(promote(student)), _distances(promote(teacher.detach())))
+    own, goal = _distances(promote(student)), _distances(promote(teacher.detach()))
+    return 2 * F.smooth_l1_loss(own, goal, reduction="sum") / student.shape[0] ** 2
 
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,10 +94,35 @@ def _check(student: Tensor, teacher: Tensor) -> None:
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Distances of all pairs, (B, B), in units of their mean without zeros."""
-    distances = _lengths(_products(x))
-    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    return (distances / mean.clamp(min=torch.finfo(x.dtype).tiny)).to(x.dtype)
+    """Distance of each pair once, (B (B - 1) / 2,), in units of their mean without zeros."""
+    distances: Tensor = _PairDistances.apply(x)
+    mean = distances.sum() / distances.count_nonzero().clamp(min=1)
+    return distances / mean.clamp(min=torch.finfo(x.dtype).tiny)
+
+
+class _PairDistances(Function):
+    """`F.pdist`, whose distances come from differences and so keep their digits, with a gradient by a product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        distances: Tensor = F.pdist(x)
+        ctx.save_for_backward(x, distances)
+        return distances
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        check_first_derivative()
+        x, distances = ctx.saved_tensors
+        # In double precision, since the rows of a small distance all but cancel. Equal ones have no direction.
+        pull = x.new_zeros((len(x), len(x)), dtype=torch.float64)
+        first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+        pull[first, second] = (slope / distances).masked_fill(distances == 0, 0).double()
+        pull = pull + pull.T
+        centred = x.double()
+        centred = centred - centred.mean(0)
+        with torch.autocast(x.device.type, enabled=False):
+            grad: Tensor = pull.sum(1, keepdim=True) * centred - pull @ centred
+        return grad.to(x.dtype)
 
 
 def _cosines(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlvfm.core import Distiller, Features
-from kdlvfm.core.align import promote, self_product, standardise
+from kdlvfm.core.align import promote, standardise
 from kdlvfm.core.distributed import gather_batch
+from kdlvfm.core.similarity import scaled_product
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         \bar{G}_{i,:} = \frac{G_{i,:}}{\|G_{i,:}\|_2}
 
     with F the features as a matrix of B rows. The scale and any rotation of either side change nothing. A batch of one
-    has no similarities: the loss is 0.
+    has no similarities: the loss is 0. It can be differentiated once.
 
     Args:
         student: (B, ...), for example (B, D) or (B, C_S, H, W).
@@ -60,7 +61,7 @@ def _similarity(x: Tensor) -> Tensor:
     scale = peak.reciprocal().masked_fill(peak < torch.finfo(x.dtype).tiny, 0)
     # Autocast would multiply in half precision, whose sums over all channels and positions lose the small differences.
     with torch.autocast(x.device.type, enabled=False):
-        return F.normalize(self_product(flat, scale), dim=1)
+        return F.normalize(scaled_product(flat, scale), dim=1)
 
 
 class SP(Distiller):

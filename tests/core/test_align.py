@@ -269,3 +269,19 @@ def test_class_means_against_loops(of_images):
             assert bool(present[part, k]) == bool(found)
             expected = torch.stack(found).mean(0) if found else torch.zeros(3, dtype=torch.float64)
             torch.testing.assert_close(means[part, k], expected)
+
+
+def test_cosines_are_inner_products_of_unit_vectors():
+    first, second = (torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(2))
+    first[:, :, 0, 0], second[:, :, 1, 1] = 0, 0
+    first[0, :, 2, 2] = torch.tensor([0.0, 6e-5, 8e-5])  # just of the least length
+    first[1, :, 2, 2] = torch.tensor([0.0, 6e-6, 8e-6])  # shorter than that
+    expected = (align.unit_vectors(first) * align.unit_vectors(second)).sum(1)
+    torch.testing.assert_close(align.cosines(first, second), expected)
+    assert expected[0, 2, 2].abs() > 0
+    first.requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(f(first, second).sum(), first)[0]
+        for f in (align.cosines, lambda x, y: (align.unit_vectors(x) * align.unit_vectors(y)).sum(1))
+    )
+    torch.testing.assert_close(found, wanted)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kdlvfm.core import similarity
 from kdlvfm.core.similarity import cka, tap_cka
 
 
@@ -76,3 +77,16 @@ def test_no_gradient_and_half_precision():
     assert not found.requires_grad
     assert not tap_cka(student, student).requires_grad
     assert cka(student, student.detach()).requires_grad
+
+
+def test_products_of_scaled_rows_in_pieces(monkeypatch):
+    """Seven columns in pieces of three; the scale is taken in before the squares leave the range of floats."""
+    monkeypatch.setattr(similarity, "block_length", lambda x, entries: 3)
+    torch.manual_seed(0)
+    rows, scale = torch.randn(4, 7, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64)
+    torch.testing.assert_close(similarity.scaled_product(rows, scale), rows @ rows.T / 4)
+    assert torch.autograd.gradcheck(lambda x: similarity.scaled_product(x, scale), (rows,))
+    tiny = (rows.detach() * 1e-30).float()
+    torch.testing.assert_close(similarity.scaled_product(tiny, torch.tensor(1e30)), (rows @ rows.T).float().detach())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(similarity.scaled_product(rows, scale).sum(), rows, create_graph=True)

@@ -218,3 +218,14 @@ def test_a_teacher_without_classes_is_distilled_on_standardised_maps(context, to
     assert CWD.from_context(label_free, standardize=False).standardize is False
     with pytest.raises(TapError, match="has no classes"):
         CWD.from_context(label_free, student_tap="logits")
+
+
+@pytest.mark.parametrize("length", [1, 4, 100])
+def test_blocks_of_channels_change_nothing(length, monkeypatch):
+    student, teacher = maps(2, 3, 4, 5, seed=1).requires_grad_(), maps(2, 3, 4, 5, seed=2)
+    whole = cwd_loss(student, teacher)
+    (expected,) = torch.autograd.grad(whole, student)
+    monkeypatch.setattr("kdlvfm.distillers.cwd.block_length", lambda x, entries: length)
+    value = cwd_loss(student, teacher)
+    torch.testing.assert_close(value, whole)
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], expected)

@@ -123,6 +123,24 @@ def test_small_distances_survive_far_from_the_origin(loss):
     torch.testing.assert_close(loss(far, teacher.float()), loss(far.double() - 1000, teacher).float())
 
 
+def test_close_neighbours_keep_their_digits():
+    """Two embeddings a hundred-thousandth of the others' distances apart: value and gradient in single precision."""
+    student, teacher = embeddings(6, 40, seed=1).float().double(), embeddings(6, 9, seed=2)
+    student[1] = (student[0] + 1e-5 * embeddings(40, seed=3)).float().double()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own = student.to(dtype).requires_grad_()
+        value = rkd_distance_loss(own, teacher.to(dtype))
+        found.append((value.detach().double(), torch.autograd.grad(value, own)[0].double()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_derivative_of_the_distances_is_refused():
+    student = embeddings(4, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(rkd_distance_loss(student, embeddings(4, 2)), student, create_graph=True)
+
+
 def test_the_teacher_gets_no_gradient():
     student, teacher = embeddings(4, 5, seed=1).requires_grad_(), embeddings(4, 3, seed=2).requires_grad_()
     terms = RKD()({"pooled": student}, {"pooled": teacher})
