@@ -37,7 +37,7 @@ class Row:
         teacher_share: fraction of the training time spent in the teacher, mean of the finished runs.
         teacher_images: that the teacher was shown, each as often as it was, mean of the finished runs.
         latency_p50: seconds for one image, mean of the medians of the finished runs; and so the following two.
-        latency_p95: the same of the 95 % quantiles.
+        latency_p95: the same of the 95 % quantiles; `None` if a run was timed without one.
         inference_images_per_second: of batches of images.
         runs: number of runs by status.
         records: the runs themselves, by seed.

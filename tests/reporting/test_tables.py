@@ -240,6 +240,13 @@ def test_times_of_inference_are_means_over_the_runs_that_have_them(study):
     found = (row.latency_p50, row.latency_p95, row.inference_images_per_second)
     assert found == (pytest.approx(0.015), None, 200.0)
     assert by_method(only_block(study))["at"].latency_p50 is None
+    kd[0]["inference"] = {
+        **measured,
+        "latency_p95": 0.012,
+    }  # the other has no tail: a mean of one would stand beside two
+    assert by_method(only_block(study))["kd"].latency_p95 is None
+    kd[1]["inference"] = {**measured, "latency_p95": 0.014}
+    assert by_method(only_block(study))["kd"].latency_p95 == pytest.approx(0.013)
 
 
 def test_a_baseline_of_another_recipe_is_named_with_what_differs(make_record):
