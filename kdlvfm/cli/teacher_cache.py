@@ -30,16 +30,8 @@ from kdlvfm.training.cache.store import INDEX, SHARD_ROWS, CacheStore
 MODES = ("none", "build", "read")
 
 # Settings of data that change nothing about a training image. What is in the files is in the hash of the splits.
-_NOT_SEEN = (
-    "root",
-    "batch_size",
-    "steps",
-    "eval_batch_size",
-    "num_workers",
-    "labelled_per_batch",
-    "seed",
-    "augment_on_device",
-)
+_NOT_SEEN = {"root", "batch_size", "steps", "eval_batch_size", "num_workers", "labelled_per_batch", "seed"}
+_NOT_SEEN |= {"augment_on_device"}  # never on where there is a cache
 _COMPARED = 4  # images of a cache that was there before
 _TELLS = 10.0  # seconds between two lines about progress
 _PAUSE = 1.0  # seconds between two looks at what others compute
