@@ -3,6 +3,8 @@
 #
 # Everything it has lies in FOLDER, which must be new; FOLDER/slurm.conf is what SLURM_CONF must name. It needs Debian's
 # packages slurm-wlm and munge, which `slurm.sh install` brings where it runs as root. Exit code 77: it cannot run here.
+# A requeued job waits for the end of its credential, 20 seconds instead of two minutes. Started before, it is lost:
+# "Killing non-startable batch job: Job credential revoked".
 set -euo pipefail
 
 say_no() {
@@ -42,7 +44,7 @@ SlurmdPort=$(free_port)
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=20
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
