@@ -18,7 +18,13 @@ Defaults = Callable[[str], Mapping[str, str]]
 
 
 def names_in(choice: str) -> list[str]:
-    """The distillers in a choice: `kd` of kd, `kd+cwd` of compose, kd and cwd, `sckd:kd+cwd` of sckd, kd and cwd."""
+    """The distillers in a choice: `kd` of kd, `kd+cwd` of compose, kd and cwd, `sckd:kd+cwd` of sckd, kd and cwd.
+
+    What a record calls a method in two stages has those of both: `kd after fitnet`, `after fitnet`.
+    """
+    second, stages, first = choice.rpartition("after ")
+    if stages:
+        return [*(names_in(second.strip()) if second else []), *names_in(first)]
     wrapper, colon, parts = choice.partition("@")[0].rpartition(":")
     if colon:
         return [wrapper, *parts.split("+")]

@@ -194,6 +194,10 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
         # The baseline never sees a teacher: one run serves the comparison with every teacher.
         config["teacher"], choices["teacher"] = None, "none"
         config["teacher_cache"]["mode"] = "none"
+    if config["after"] is not None:
+        from kdlvfm.cli.after import second_stage
+
+        return second_stage(config, overrides)
     if config["equal_time"] is not None:
         from kdlvfm.cli.equal_time import match
 

@@ -47,7 +47,8 @@ def match(config: Mapping[str, Any]) -> dict[str, Any]:
         shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise CommandError(f"equal_time={folder} has another recipe ({shown}): give this run the one of that run.")
     baseline = _baseline(folder, method)
-    factor = _step_seconds(folder, method) / _step_seconds(folder, baseline)
+    step = _step_seconds(folder, baseline)
+    factor = (_step_seconds(folder, method) + _first_stage_seconds(folder, method)) / step
     steps = round(factor * method["steps"])
     if steps <= method["steps"]:
         raise CommandError(
@@ -90,6 +91,16 @@ def _baseline(folder: Path, method: Record) -> Record:
 def _trainer(record: Record) -> dict[str, Any]:
     """The trainer's settings; one that is off is as one that older runs lack."""
     return {name: value for name, value in record["config"]["trainer"].items() if value is not False}
+
+
+def _first_stage_seconds(folder: Path, method: Record) -> float:
+    """The time of the stage before, divided among the steps of this one."""
+    before = method["config"].get("after")
+    if not before:
+        return 0.0
+    if before["train_seconds"] is None or before["hardware"] != method["hardware"]:
+        raise CommandError(f"equal_time={folder}: its first stage has no time that was measured on the same machine.")
+    return float(before["train_seconds"] / method["steps"])
 
 
 def _step_seconds(folder: Path, record: Record) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kdlvfm import __version__
 from kdlvfm.cli.build import build_data
-from kdlvfm.cli.config import check_targets, instantiate, options
-from kdlvfm.cli.list import read_about
+from kdlvfm.cli.config import check_targets, instantiate
+from kdlvfm.cli.list import papers_of
 from kdlvfm.cli.loading import networks_of, statistics_of
 from kdlvfm.cli.runs import WEIGHTS, load_student
 from kdlvfm.core import FeatureModel, Task
@@ -110,7 +110,8 @@ def write_export(run: Path, record: Record, request: Mapping[str, Any], wanted: 
                 "rows": [asdict(row) for row in measured],
             }
     graphs = {} if graph is None else {name: graph for name in (_ONNX, _INT8) if (folder / name).exists()}
-    card = model_card(record, networks, graphs, statistics, measured, _index(record), _paper(record))
+    paper = papers_of(record["distiller"]["name"]) or None
+    card = model_card(record, networks, graphs, statistics, measured, _index(record), paper)
     (folder / CARD).write_text(card, encoding="utf-8")
     write_manifest(folder, content)
 
@@ -180,8 +181,3 @@ def _index(record: Record) -> dict[str, Any]:
     split = "test" if "test" in record["metrics"] else next(iter(record["metrics"]))
     index: dict[str, Any] = yaml.safe_load(to_model_index(summarise([record], split), {}))
     return index
-
-
-def _paper(record: Record) -> str | None:
-    name = record["distiller"]["name"]
-    return read_about("distiller", name)["paper"] if name in options("distiller") else None

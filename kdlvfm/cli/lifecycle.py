@@ -162,8 +162,8 @@ def _opening_record(
             "input_size": list(size),
         },
         "distiller": {
-            "name": config["choices"]["distiller"],
-            "settings": _settings(config["distiller"]),
+            "name": records.method_of(config),
+            "settings": {**_settings(config["distiller"]), **_settings_of_stages(config)},
             "parameters": count_parameters(cell.distiller),
             "student_taps": list(cell.distiller.student_taps),
             "teacher_taps": list(cell.distiller.teacher_taps),
@@ -206,6 +206,15 @@ def _settings(node: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _settings_of_stages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells two ways of learning in two stages from each other."""
+    before = config["after"]
+    if not before:
+        return {}
+    first = {key: before[key] for key in ("data", "recipe", "settings")}
+    return {"frozen": config["student"].get("freeze") is True, "first": {**first, "teacher": before["teacher"]["name"]}}
+
+
 def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
     teacher = cell.teacher
     print(f"student    {cell.student.card.name}, {cell.student.card.weights} weights")
@@ -222,6 +231,9 @@ def _describe(folder: Path, cell: Cell, config: Mapping[str, Any]) -> None:
         f"distiller  {config['choices']['distiller']}"
         + (f", student {taps[0]}, teacher {taps[1]}" if any(taps) else "")
     )
+    if config["after"]:
+        before = config["after"]
+        print(f"after      {before['method']} of {before['teacher']['name']}, {before['steps']} steps; {before['run']}")
     if config["equal_time"]:
         longer = config["equal_time"]
         print(
@@ -247,7 +259,7 @@ def _closing(folder: Path, record: Mapping[str, Any]) -> None:
     split = "" if "test" in record["metrics"] else " --split val"
     then = f"kdlvfm evaluate {folder} --split val"
     if not record["task"]["has_loss"]:
-        then = f"a task with labels: kdlvfm train data=NAME student.checkpoint={folder}/student.safetensors"
+        then = f"a task with labels: kdlvfm train data=NAME student=NAME after={folder}"
     print(f"next       kdlvfm table {folder.parent}{split}    or    {then}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.composites import names_in
 from kdlvfm.cli.config import config_dir, options
 
 _SHOWN = {
@@ -80,3 +81,10 @@ def read_about(group: str, name: str) -> dict[str, Any]:
     node = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     about: dict[str, Any] = node.get("about") or {}
     return about
+
+
+def papers_of(choice: str) -> str:
+    """The papers of the distillers in a choice, as far as their YAML files name one."""
+    known = options("distiller")
+    abouts = [read_about("distiller", name) for name in names_in(choice) if name in known]
+    return "; ".join(about["paper"] for about in abouts if about.get("paper"))

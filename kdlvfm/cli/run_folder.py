@@ -23,9 +23,10 @@ def run_folder(config: Mapping[str, Any]) -> Path:
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """The distiller, and of a baseline that trains as long as a method that one too."""
+    """The distiller, with that of the first stage; of a baseline that trains as long as a method that one too."""
     longer = f"-as-long-as-{config['equal_time']['method']}" if config["equal_time"] else ""
-    return f"{config['choices']['distiller']}{longer}"
+    earlier = f"-after-{config['after']['method']}" if config["after"] else ""
+    return f"{config['choices']['distiller']}{earlier}{longer}"
 
 
 def earlier_record(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

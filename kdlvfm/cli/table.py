@@ -117,16 +117,10 @@ def print_table(
 
 
 def _model_index(table: Table, records: Iterable[Record], source: str | None) -> str:
-    from kdlvfm.cli.composites import names_in
-    from kdlvfm.cli.config import options
-    from kdlvfm.cli.list import read_about
+    from kdlvfm.cli.list import papers_of
     from kdlvfm.reporting.model_index import to_model_index
 
-    known = options("distiller")
-    papers = {}
-    for choice in {record["distiller"]["name"] for record in records}:
-        abouts = [read_about("distiller", name) for name in names_in(choice) if name in known]
-        papers[choice] = "; ".join(about["paper"] for about in abouts if about.get("paper"))
+    papers = {choice: papers_of(choice) for choice in {record["distiller"]["name"] for record in records}}
     try:
         return to_model_index(table, papers, source)
     except ValueError as error:

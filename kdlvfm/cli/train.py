@@ -29,6 +29,7 @@ often set:
   teacher.precision=bf16      the teacher alone in half precision; teacher.compile=true  trainer.compile=true
                               teacher.batch=4 and others that make a step cheaper: docs/performance.md
   equal_time=RUN              with distiller=none: so many steps that it takes as long as that run of a distiller
+  after=RUN                   start with the encoder of a run of task=representation: the second of two stages
   distiller.loss_weight=5     any argument of the distiller's class; the same for teacher, student and data
   distiller=kd+cwd            several distillers in one run: distiller.parts.cwd.loss_weight=5
                               distiller.weights.cwd.share=0.1  distiller.weights.kd.warmup=0.2

@@ -87,26 +87,32 @@ def model_card(
 def licences(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Under whose terms a student was made: `student weights` before training, `teacher weights` and `data`.
 
-    Where a teacher made the labels (`kdlvfm label`), `weights of the labels' teacher` too.
+    Where a teacher made the labels (`kdlvfm label`), `weights of the labels' teacher` too; of a run in two stages also
+    the first stage's teacher and data.
     """
-    labels = record["data"].get("labels")
+    labels, first = record["data"].get("labels"), record["config"].get("after")
     weights = {
         "student weights": record["student"],
         "teacher weights": record["teacher"],
         "weights of the labels' teacher": labels and labels["teacher"],
+        "weights of the first stage's teacher": first and first["teacher"],
     }
     found = {
         what: {"name": part["name"], "licence": _RANDOM if part["weights"] == "random" else part["licence"] or _UNKNOWN}
         for what, part in weights.items()
         if part is not None
     }
-    return {**found, "data": {"name": record["data"]["name"], "licence": record["data"]["licence"] or _UNKNOWN}}
+    data = {"data": (record["data"]["name"], record["data"]["licence"])}
+    if first:
+        data["data of the first stage"] = first["data"], first["data_licence"]
+    return {**found, **{what: {"name": name, "licence": terms or _UNKNOWN} for what, (name, terms) in data.items()}}
 
 
 def _head(
     record: Mapping[str, Any], networks: Sequence[Network], graphs: Mapping[str, Graph], index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    terms = {part["licence"] for what, part in licences(record).items() if what != "data"} - {_RANDOM} or {_UNKNOWN}
+    weights = [part["licence"] for what, part in licences(record).items() if not what.startswith("data")]
+    terms = set(weights) - {_RANDOM} or {_UNKNOWN}
     licence = {"license": "other", "license_name": "see-licences-in-this-card"}
     if len(terms) == 1 and all(re.fullmatch(r"[a-z0-9.-]+", term) for term in terms):
         licence = {"license": terms.pop()}
@@ -124,9 +130,11 @@ def _head(
 
 def _introduction(record: Mapping[str, Any], paper: str | None) -> str:
     student, data, classes = record["student"], record["data"], record["data"]["classes"]
-    if record["teacher"]:
+    teacher, first = record["teacher"], record["config"].get("after")
+    if teacher or first:
         method = record["distiller"]["name"] + (f" ({paper})" if paper else "")
-        origin = f"It was distilled from {record['teacher']['name']} with {method}"
+        names = " and ".join(dict.fromkeys(card["name"] for card in (first and first["teacher"], teacher) if card))
+        origin = f"It was distilled from {names} with {method}"
     else:
         origin = "It was trained without a teacher"
     cost = f"It has {student['parameters'] / 1e6:.2f} M parameters"

@@ -142,9 +142,16 @@ def score_of(record: Record, split: str, metric: str | None) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def teacher_of(record: Record) -> dict[str, Any] | None:
+    """The card of the teacher that a run learned from, or that its first stage did."""
+    before = record["config"].get("after")
+    card: dict[str, Any] | None = record["teacher"] or (before and before["teacher"])
+    return card
+
+
 def teacher_key(record: Record) -> tuple[str, ...]:
     """What makes two teachers the same: name and weights; all random weights of one network count as one teacher."""
-    card = record["teacher"]
+    card = teacher_of(record)
     if card is None:
         return ()
     random = card["weights"] == "random"
@@ -169,7 +176,7 @@ def remarks_on(cells: Mapping[str, Cell], warnings: list[str], split: str) -> li
             seeds = ", ".join(map(str, cell.repeated))
             notes.append(f"{label}: several runs of seed {seeds}; the finished one started last is shown.")
     finished = [record for cell in cells.values() for record in cell.runs.values() if record["status"] == "finished"]
-    notes += remarks_on_machines(finished)
+    notes += [*remarks_on_machines(finished), *_about_first_stages(cells)]
     for made in filter(None, (record["data"].get("labels") for record in finished)):
         name = made["teacher"]["name"]
         agreement = f"The labels of {split} were made by {name}: scores say how far a student agrees with it."
@@ -180,6 +187,21 @@ def remarks_on(cells: Mapping[str, Cell], warnings: list[str], split: str) -> li
             notes.append(training)
     if {record["selection"] for record in finished} == {"best_val"}:
         notes.append("Each run was tested with the weights that were best on its validation split.")
+    return notes
+
+
+def _about_first_stages(cells: Mapping[str, Cell]) -> list[str]:
+    """What methods in two stages took before, which is in none of their figures."""
+    notes = []
+    for label, cell in cells.items():
+        stages = [before for record in cell.runs.values() if (before := record["config"].get("after"))]
+        if stages:
+            times = [before["train_seconds"] for before in stages if before["train_seconds"] is not None]
+            took = f", {fmean(times):.0f} s of training" if times else ""
+            notes.append(
+                f"{label}: its first stage, {stages[0]['steps']} steps of {stages[0]['batch_size']} images of "
+                f"{stages[0]['data']}{took}, is in no figure of its cost."
+            )
     return notes
 
 

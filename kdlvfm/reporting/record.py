@@ -45,6 +45,7 @@ _WITHOUT_EFFECT = (
 )
 # Settings that older runs lack: null and false say the same as their absence.
 _OFF_UNLESS_SET = (
+    "after",
     "data.augment_on_device",
     "equal_time",
     "teacher.batch",
@@ -89,6 +90,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         parent = kept.get(group) if group else kept
         if isinstance(parent, dict) and (key in _WITHOUT_EFFECT or parent.get(leaf) in (None, False)):
             parent.pop(leaf, None)
+    if kept.get("after"):
+        # The weights that a run starts with follow from the run before it; where their file lies does not matter.
+        kept["after"] = kept["after"]["config_hash"]
+        encoder = kept["student"].get("encoder")
+        (encoder if isinstance(encoder, dict) else kept["student"]).pop("checkpoint", None)
     effect = _effect_of_cache(kept.pop("teacher_cache", {}))
     if effect:
         kept["teacher_cache"] = effect
@@ -118,10 +124,12 @@ def recipe_hash(config: Mapping[str, Any]) -> str:
     """The hash of a configuration without distiller, teacher and seeds: a method and its baseline share it.
 
     A seed is left out wherever it stands, since parts of a configuration repeat the seed of the run. A baseline that
-    trains as long as a method has the recipe of that method, though more steps.
+    trains as long as a method has the recipe of that method, though more steps; a run that goes on from another one has
+    that of the baseline that does not.
     """
-    if config.get("equal_time"):
-        return str(config["equal_time"]["recipe_hash"])
+    for setting in ("equal_time", "after"):
+        if config.get(setting):
+            return str(config[setting]["recipe_hash"])
     return _digest(recipe(config))
 
 
@@ -135,6 +143,14 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["views"] = views
     shared: dict[str, Any] = _without_seeds(kept)
     return shared
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What tables call a run's method: its distiller, and after which one it came if it had a first stage."""
+    own, before = str(config["choices"]["distiller"]), config.get("after")
+    if not before:
+        return own
+    return f"after {before['method']}" if own == BASELINE else f"{own} after {before['method']}"
 
 
 def differences(

@@ -24,6 +24,7 @@ from kdlvfm.reporting.cells import (
     strangers,
     teacher_key,
     teacher_level,
+    teacher_of,
 )
 from kdlvfm.reporting.pairing import Pairing
 from kdlvfm.reporting.published import published
@@ -107,7 +108,7 @@ def _block(
     names = {labels[key]: key[0] for key in runs}
     methods = {labels[key]: make_cell(runs[key], split, metric) for key in sorted(runs, key=lambda key: labels[key])}
     baseline = methods.pop("baseline", Cell({}, {}, []))
-    cards = [record["teacher"] for record in group if teacher_key(record) == key_of_teacher and record["teacher"]]
+    cards = [card for record in group if teacher_key(record) == key_of_teacher and (card := teacher_of(record))]
     reading = reading_of(group[0], metric)
     level, warnings = teacher_level(cards, split, metric, reading)
     figures, footnotes = published(group[0], split, metric)
@@ -177,7 +178,8 @@ def _block(
         )
     elif any(difference.count == 1 for difference in differences.values()) and group[0]["task"]["name"] == "detection":
         notes.append("One seed: no interval over images, for average precision is no sum over them.")
-    student = group[0]["student"]
+    # A second stage starts from the weights of the first; the block is named by those that the baseline starts from.
+    student = min(group, key=lambda record: bool(record["config"].get("after")))["student"]
     return Block(
         data=group[0]["data"]["name"],
         counts=group[0]["data"]["counts"],

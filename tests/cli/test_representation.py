@@ -46,7 +46,7 @@ def test_features_are_learned_without_labels_and_become_the_encoder_of_other_stu
     out = tmp_path / "features"
     ended = kdlvfm("train", *FEATURES, f"data.root={photos}", "distiller=fitnet", f"out={out}")
     assert ended.code == 0, ended.err
-    assert f"kdlvfm train data=NAME student.checkpoint={out}/student.safetensors" in ended.out
+    assert f"kdlvfm train data=NAME student=NAME after={out}" in ended.out
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished"
     expected = {"name": "representation", "primary_metric": "teacher_r2", "distances": [], "has_loss": False}

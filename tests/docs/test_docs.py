@@ -41,8 +41,11 @@ def calls(page):
 
 
 def single_run(arguments):
-    """The overrides of the first run that the arguments of `train` or `inspect` ask for."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    """The overrides of the first run that the arguments of `train` or `inspect` ask for.
+
+    A run that goes on from another one is composed as if it did not, for there is none.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith(("-", "after="))]
     if "-m" not in arguments:
         return overrides
     return [o if o.partition("=")[2].startswith(("[", "{")) else o.partition(",")[0] for o in overrides]

@@ -22,6 +22,7 @@ def make(student=None, teacher=None):
     student = {"parameters": 2_500_000, "macs": None, "input_size": [64, 96], **(student or part("apache-2.0"))}
     return {
         "name": "kd-seed0",
+        "config": {},
         "student": student,
         "teacher": teacher,
         "distiller": {"name": "kd" if teacher else "none", "settings": {"temperature": 4.0, "weight": None}},
@@ -94,3 +95,14 @@ def test_measured_rows():
     assert titles == ["", "mAP, %", "p50, ms", "p95, ms", "MB"]
     assert cells == [["torch", "25.00", "12.3", "–", "12.3"], ["int8", "–", "–", "–", "0.0"]]
     assert "| torch | 25.00 | 12.3 | – | 12.3 |" in card(make(), rows)[1]
+
+
+def test_a_student_of_two_stages_is_under_the_terms_of_both():
+    first = {"teacher": part("dinov3-license"), "data": "photos", "data_licence": None}
+    record = {**make(), "config": {"after": first}, "distiller": {"name": "after fitnet", "settings": {}}}
+    found = licences(record)
+    assert found["weights of the first stage's teacher"]["licence"] == "dinov3-license"
+    assert found["data of the first stage"]["name"] == "photos"
+    head, text = card(record)
+    assert head["license"] == "other"
+    assert "distilled from a network under dinov3-license with after fitnet" in text
