@@ -7,9 +7,10 @@
 
 The first folder, made if there is none, is an environment of LightlyTrain's own (AGPL-3.0), which is run there as the
 command that it is and never imported. Both commands are given the same teacher file of random weights, method (its
-distillation v3, which is our `token_relation`), images, batch, steps, size, crops, mirroring, AdamW and precision, and
-load images in their own process; what else they do by default they do. They take turns, the ratios are medians of the
-pairs'. `lightly_train_clock.py` looks at both with the same clock.
+distillation v3, which is our `token_relation`), images, batch, steps, size, crops, mirroring and AdamW, and load images
+in their own process; what else they do by default they do. They take turns in float32 and then in mixed bfloat16, where
+ours is also given what LightlyTrain has no setting for; the ratios are medians of the pairs'. `lightly_train_clock.py`
+looks at both with the same clock.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ TEACHER = "vit_small_patch16_dinov3"
 QUEUE = 128
 WARM_UP = 2
 SIDES = ("ours", "theirs")
+# Precision -> what each command is given besides.
+PRECISIONS = {
+    "float32": {"ours": [], "theirs": ["precision=32-true"]},
+    "bfloat16": {
+        "ours": ["trainer.precision=bf16-mixed", "trainer.channels_last=true"],
+        "theirs": ["precision=bf16-mixed"],
+    },
+}
 
 
 def ours(chosen: argparse.Namespace, weights: Path, out: Path) -> list[str]:
@@ -100,15 +109,14 @@ def theirs(chosen: argparse.Namespace, weights: Path, out: Path) -> list[str]:
         "num_workers=0",
         "devices=1",
         f"accelerator={chosen.device}",
-        "precision=32-true",
     ]
 
 
-def run(side: str, chosen: argparse.Namespace, weights: Path, folder: Path) -> dict[str, float]:
+def run(side: str, precision: str, chosen: argparse.Namespace, weights: Path, folder: Path) -> dict[str, float]:
     """One run: seconds to the end of the first step, images a second after the first steps, and peak memory."""
     report = folder / f"{side}.json"
     python = sys.executable if side == "ours" else str(chosen.folder / "bin" / "python")
-    command = (ours if side == "ours" else theirs)(chosen, weights, folder / side)
+    command = (ours if side == "ours" else theirs)(chosen, weights, folder / side) + PRECISIONS[precision][side]
     clock = Path(__file__).with_name("lightly_train_clock.py")
     variables = {
         **os.environ,
@@ -143,18 +151,11 @@ def run(side: str, chosen: argparse.Namespace, weights: Path, folder: Path) -> d
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """The record."""
-    pairs: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "teacher.pt"
         torch.manual_seed(0)
         torch.save(timm.create_model(TEACHER, num_classes=0).state_dict(), weights)
-        for repeat in range(chosen.repeats):
-            folder = Path(scratch) / str(repeat)
-            folder.mkdir()
-            order = SIDES[:: -1 if repeat % 2 else 1]
-            pairs.append({side: run(side, chosen, weights, folder) for side in order})
-            print(*(f"{side}: {pairs[-1][side]}" for side in SIDES), sep="\n", flush=True)
-    names = pairs[0]["ours"]
+        cases = [compared(precision, chosen, weights, Path(scratch)) for precision in PRECISIONS]
     return {
         "benchmark": "lightly_train",
         "setting": {
@@ -169,6 +170,23 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
             "lightly_train": VERSION,
         },
         "environment": environment(),
+        "cases": cases,
+    }
+
+
+def compared(precision: str, chosen: argparse.Namespace, weights: Path, scratch: Path) -> dict[str, Any]:
+    """Both commands by turns in one precision."""
+    pairs: list[dict[str, dict[str, float]]] = []
+    for repeat in range(chosen.repeats):
+        folder = scratch / f"{precision}-{repeat}"
+        folder.mkdir()
+        order = SIDES[:: -1 if repeat % 2 else 1]
+        pairs.append({side: run(side, precision, chosen, weights, folder) for side in order})
+        print(*(f"{precision}, {side}: {pairs[-1][side]}" for side in SIDES), sep="\n", flush=True)
+    names = pairs[0]["ours"]
+    return {
+        "precision": precision,
+        "added": PRECISIONS[precision],
         "repeats": pairs,
         **{side: {name: median(pair[side][name] for pair in pairs) for name in names} for side in SIDES},
         "ours_over_theirs": {
@@ -179,24 +197,26 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> list[str]:
     """The lines of the table."""
-    setting, where, ratio = record["setting"], record["environment"], record["ours_over_theirs"]
+    setting, where = record["setting"], record["environment"]
     parts = {
         "images_per_second": "images a second",
         "seconds_to_first_step": "seconds to the end of the first step",
         "mib": "most memory, MiB",
     }
-    lines = ["| | kdlvfm | LightlyTrain | kdlvfm / LightlyTrain |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| precision | | kdlvfm | LightlyTrain | kdlvfm / LightlyTrain |", "| --- | --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {text} | {record['ours'][name]:.4g} | {record['theirs'][name]:.4g} | **{ratio[name]:.2f}** |"
+        f"| {case['precision']} | {text} | {case['ours'][name]:.4g} | {case['theirs'][name]:.4g} | "
+        f"**{case['ours_over_theirs'][name]:.2f}** |"
+        for case in record["cases"]
         for name, text in parts.items()
     ]
     hardware = where["hardware"]["gpu"] if setting["device"] == "gpu" else where["hardware"]["cpu"]
-    side = setting["size"]
+    side, repeats = setting["size"], len(record["cases"][0]["repeats"])
     return [
         *lines,
         "",
         f"{hardware}, {setting['threads']} thread, {setting['steps']} steps of {setting['batch']} images of "
-        f"{side}x{side}, LightlyTrain {setting['lightly_train']}, {len(record['repeats'])} runs of each.",
+        f"{side}x{side}, LightlyTrain {setting['lightly_train']}, {repeats} runs of each.",
     ]
 
 

@@ -21,6 +21,8 @@ Train a student. A finished run is not repeated, an interrupted one goes on wher
 groups:
 {groups}
 
+task=detection and task=representation bring data, student and recipe of their own, unless others are named.
+
 often set:
   seed=0                      order of the data, initial weights, augmentation
   out=FOLDER                  instead of runs/<data>/<student>/<distiller>-<teacher>-seed<seed>-<hash>

@@ -117,6 +117,17 @@ def test_what_cannot_be_is_said_in_one_line(refused, photos, overrides, message)
     assert message in refused(*overrides, f"data.root={photos}", base=chosen)
 
 
+def test_a_task_brings_what_it_is_mostly_used_with():
+    chosen = compose(["task=representation", "data.root=photos", "teacher=digit_scenes_vit"])["choices"]
+    expected = {"data": "images", "student": "resnet18", "recipe": "representation", "distiller": "agglomerate"}
+    assert {group: chosen[group] for group in expected} == expected
+    named = compose(["task=representation", "data.root=photos", "teacher=digit_scenes_vit", "distiller=fitnet"])
+    assert named["choices"]["distiller"] == "fitnet"
+    chosen = compose(["task=detection", "recipe=short_detection"])["choices"]
+    expected = {"data": "coco", "student": "resnet18_gfl", "recipe": "short_detection"}
+    assert {group: chosen[group] for group in expected} == expected
+
+
 def test_an_encoder_alone_solves_no_task_with_masks(refused, two_steps):
     assert "is an encoder alone" in refused("distiller=fitnet", *STUDENT, base=two_steps)
 
