@@ -13,6 +13,7 @@ from kdlvfm.cli.runs import WEIGHTS, read_run
 from kdlvfm.reporting.record import Record, RecordError, read_record, recipe_hash
 
 _FIRST = "representation"  # the task of a first stage: what it trains is an encoder and nothing else
+_STARTS = ("pretrained", "name")  # what decides an encoder's initial weights where no file does
 
 
 def second_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
@@ -99,18 +100,23 @@ def _check_start(folder: Path, first: Record, student: Mapping[str, Any]) -> Non
 
     place, node = _encoder(student)
     before = first["config"]["student"]
-    if before["checkpoint"] is not None:
-        began, setting = first["student"]["sha256"], f"{place}.checkpoint={before['checkpoint']}"
+    if before.get("checkpoint") is not None:
+        began, settings = first["student"]["sha256"], {"checkpoint": before["checkpoint"]}
     else:
-        began, setting = before["pretrained"], f"{place}.pretrained={str(before['pretrained']).lower()}"
+        settings = {key: before.get(key) for key in _STARTS}
+        began = settings if before.get("pretrained") else None
     if node["checkpoint"] is None:
-        begins: Any = node["pretrained"]
+        begins: Any = {key: node.get(key) for key in _STARTS} if node.get("pretrained") else None
     elif Path(node["checkpoint"]).is_file():
         begins = sha256_of(node["checkpoint"])
     else:
         raise CommandError(f"{place}.checkpoint={node['checkpoint']}: there is no such file.")
     if began != begins:
+        wanted = " ".join(
+            f"{place}.{key}={value if isinstance(value, str) else str(value).lower()}"
+            for key, value in settings.items()
+        )
         raise CommandError(
             f"after={folder} did not start from the weights that this student and its baseline start from: add "
-            f"{setting}, as that run had it."
+            f"{wanted}, as that run had it."
         )

@@ -149,7 +149,11 @@ def test_a_baseline_of_equal_time_has_the_time_of_both_stages(train, kdlvfm, lea
     [
         (lambda run: edit(run, status="interrupted"), (), "is interrupted, not finished"),
         (lambda run: (run / "student.safetensors").unlink(), (), "has no student.safetensors"),
-        (lambda run: None, ("student.encoder.pretrained=true",), "add student.encoder.pretrained=false, as that run"),
+        (
+            lambda run: None,
+            ("student.encoder.pretrained=true",),
+            "add student.encoder.pretrained=false student.encoder.name=test",
+        ),
         (lambda run: None, ("student.encoder.checkpoint=nowhere",), "nowhere: there is no such file"),
         (lambda run: None, ("student.encoder.name=test_vit",), "expected (bn1."),
         (lambda run: None, ("equal_time=runs/kd",), "leave after= out"),
