@@ -25,12 +25,16 @@ TABLES = [
     ("README.md", "camvid/scratch", "test"),
     ("docs/benchmarks.md", "camvid", "test"),
     ("docs/benchmarks.md", "bccd", "test"),
+    ("docs/benchmarks.md", "data_free", "test"),
     ("docs/benchmarks.md", "digit_scenes", "test"),
+    ("docs/benchmarks.md", "dkdm", "test"),
     ("docs/detection.md", "demo_detection", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
     ("experiments/bccd/README.md", "bccd", "test"),
     ("experiments/camvid/README.md", "camvid", "test"),
+    ("experiments/data_free/README.md", "data_free", "test"),
     ("experiments/digit_scenes/README.md", "digit_scenes", "test"),
+    ("experiments/dkdm/README.md", "dkdm", "test"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
 ]
 # Page and experiment of which a student was exported.

@@ -98,7 +98,7 @@ def print_table(
 
         console = Console()
         # A log has no width of its own; rich would assume 80 columns and fold the table.
-        Console(width=None if console.is_terminal else 120).print(to_rich(table, cost=cost))
+        Console(width=None if console.is_terminal else 140).print(to_rich(table, cost=cost))
     elif form == "model-index":
         print(_model_index(table, collection.records.values(), source), end="")
     elif form == "csv":

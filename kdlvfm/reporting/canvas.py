@@ -71,6 +71,8 @@ class Canvas:
     def draw(self, line: int, column: int, pixels: Tensor, title: str = "", caption: str = "") -> Axes:
         """Put `pixels` (H, W, 3) into a cell, with `title` above the first line and `caption` below the cell.
 
+        Pixels are uint8, or floats in [0, 1], which resizing may have left by a rounding error.
+
         Returns:
             The axes of the cell, in pixels of the image.
         """
@@ -82,7 +84,8 @@ class Canvas:
             (left / page_width, bottom / page_height, width / page_width, height / page_height)
         )
         rows, columns = self._image
-        axis.imshow(pixels.numpy(), interpolation="nearest", aspect="auto", extent=(0, columns, rows, 0))
+        shown = pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
+        axis.imshow(shown.numpy(), interpolation="nearest", aspect="auto", extent=(0, columns, rows, 0))
         axis.set_axis_off()
         if title and line == 0:
             axis.set_title(title, fontsize=9, color=INK, pad=4)

@@ -40,7 +40,7 @@ def to_rich(table: Table, *, cost: bool = False) -> Group:
         for column in columns:
             header = Text.assemble((column.title, "bold"), "\n", (column.unit, "dim"))
             first = column is columns[0]
-            grid.add_column(header, justify="left" if first else "right", no_wrap=not first)
+            grid.add_column(header, justify="left" if first else "right", no_wrap=not first, overflow="fold")
         for row, following in itertools.zip_longest(block.rows, block.rows[1:]):
             cells = [Text(column.text(row)) for column in columns]
             for column, cell in zip(columns, cells, strict=True):

@@ -22,6 +22,12 @@ def test_every_image_stands_beside_its_picture(tmp_path):
         assert any(max(abs(a - b) for a, b in zip(pixel, other, strict=True)) <= 1 for other in found), pixel
 
 
+def test_a_rounding_error_of_resizing_is_no_warning(tmp_path, caplog):
+    images = torch.full((1, 3, 4, 4), 1 + 1e-6)
+    image_sheet(images, images, [""], "seen", tmp_path / "sheet.png")
+    assert not caplog.records
+
+
 def test_numbers_must_agree(tmp_path):
     images = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="2 images, 2 pictures and 1 captions"):
