@@ -21,7 +21,7 @@ from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import GROUPS, Launcher, compose_cell
 from kdlvfm.cli.lock import owner
 from kdlvfm.cli.run_folder import run_folder
-from kdlvfm.reporting.record import RecordError, config_hash, read_record
+from kdlvfm.reporting.record import RecordError, config_hash, method_of, read_record
 
 SCHEMA = "kdlvfm.sweep/1"
 _FILE = "sweep.json"
@@ -192,7 +192,7 @@ def cell_of(overrides: Sequence[str], root: Path | None = None, title: str | Non
     Args:
         overrides: what makes the run.
         root: the folder in which the run has one of its own; `None`: where the run says.
-        title: what the cell is called; `None`: its distiller.
+        title: what the cell is called; `None`: its method, as in tables.
     """
     config, launcher = compose_cell(overrides)
     folder, digest = run_folder(config), config_hash(config)
@@ -200,7 +200,7 @@ def cell_of(overrides: Sequence[str], root: Path | None = None, title: str | Non
     if root is not None:
         folder = root / run_folder({**config, "out": None}).name
         kept = [override for override in kept if key_of(override) != "out"] + [f"out={folder}"]
-    title = config["choices"]["distiller"] if title is None else title
+    title = method_of(config) if title is None else title
     return Cell(digest, title, config["seed"], folder, tuple(kept)), launcher
 
 

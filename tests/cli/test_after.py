@@ -13,6 +13,7 @@ from kdlvfm.cli import main
 from kdlvfm.cli.build import build
 from kdlvfm.cli.config import compose
 from kdlvfm.cli.run_folder import run_folder
+from kdlvfm.cli.sweep import plan
 from kdlvfm.data.digit_scenes import SceneGenerator
 from kdlvfm.reporting.record import config_hash, read_record, recipe_hash, write_record
 
@@ -90,6 +91,8 @@ def test_where_the_first_run_lies_does_not_matter_and_which_one_it_was_does(smal
 def test_a_folder_of_first_runs_gives_each_seed_its_own(kdlvfm, small, features):
     found = [compose([*small, f"after={features}", f"seed={seed}"])["after"]["run"] for seed in (0, 1)]
     assert found == [str(features / "fitnet-seed0"), str(features / "fitnet-seed1")]
+    sweep, _ = plan([*small, f"after={features}", "seed=0,1"])
+    assert [cell.name for cell in sweep.cells] == ["after fitnet seed 0", "after fitnet seed 1"]
     shutil.copytree(features / "fitnet-seed0", features / "again")
     for seed, message in ((0, "several finished runs of seed 0: again, fitnet-seed0"), (2, "no finished run of task=")):
         ended = kdlvfm("train", *small, f"after={features}", f"seed={seed}")
