@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from kdlvfm.cli.build import build_student
-from kdlvfm.cli.config import compose, instantiate, options
+from kdlvfm.cli.config import compose, options
 from kdlvfm.cli.list import read_about
+from kdlvfm.cli.targets import instantiate
 from kdlvfm.core import Context, Distiller, FeatureModel, Step, Task, Teacher
 from kdlvfm.models.head import EncoderHead
 from kdlvfm.models.timm import TimmEncoder

@@ -12,8 +12,9 @@ import torch
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import names_in
-from kdlvfm.cli.config import instantiate, options, target_of
+from kdlvfm.cli.config import options
 from kdlvfm.cli.list import read_about
+from kdlvfm.cli.targets import instantiate, instantiate_with, target_of
 from kdlvfm.cli.teacher_cache import RunCache, prepare
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.core.levels import build_at_levels
@@ -109,10 +110,7 @@ def build_task(config: Mapping[str, Any], data: SampleData, teacher: Teacher | N
     if "judge" in node:
         judge = node.pop("judge")
         known["judge"] = teacher if judge is None else build_teacher(judge, data.class_names)
-    try:
-        task: Task = instantiate({**node, "_partial_": True})(**known)
-    except (ValueError, TypeError) as error:
-        raise CommandError(str(error)) from error
+    task: Task = instantiate_with(node, **known)
     return task
 
 
@@ -167,10 +165,7 @@ def build_teacher(
         for name, member in members.items():
             if member is None:
                 raise CommandError(f"teacher.members.{name} is no teacher; leave it out.")
-        try:
-            model = instantiate({**arguments, "_partial_": True})(members)
-        except (ValueError, TypeError) as error:
-            raise CommandError(str(error)) from error
+        model = instantiate_with(arguments, members)
     else:
         model = instantiate(arguments)
     try:
@@ -192,9 +187,9 @@ def build_distiller(node: Mapping[str, Any], context: Context) -> Distiller:
     """The distiller; for detection its methods are told which maps the networks have, see `kdlvfm.core.levels`.
 
     Raises:
-        CommandError, ValueError, TypeError: a wrong argument.
+        CommandError: a wrong argument.
     """
-    distiller: Distiller = instantiate(_at_levels(node) if context.task.truth == "boxes" else node)(context)
+    distiller: Distiller = instantiate_with(_at_levels(node) if context.task.truth == "boxes" else node, context)
     return distiller
 
 

@@ -203,7 +203,7 @@ def _source(store: CacheStore, data_root: str | None, device: str) -> FeatureSou
     import torch
 
     from kdlvfm.cli.build import build_data, build_task, build_teacher
-    from kdlvfm.cli.config import check_targets
+    from kdlvfm.cli.targets import check_targets
     from kdlvfm.training.cache.source import FeatureSource, weights_hash
     from kdlvfm.training.cache.store import INDEX
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from kdlvfm.cli.composites import (
     names_in,
     synthesizer_in,
 )
+from kdlvfm.cli.experiment import without_leftovers
+from kdlvfm.cli.targets import one_line
 
 GROUPS = (
     "teacher",
@@ -50,9 +52,6 @@ _OPEN = (
     "recipe.augmentation.",
     "launcher.",
 )
-
-# Where a configuration that was read from a run folder may name classes: what a student and its data are made of.
-_TRUSTED = re.compile(r"(?P<module>kdlvfm\.(models|data|tasks)\.\w+)\.(?P<name>\w+)")
 
 
 def config_dir() -> Path:
@@ -168,7 +167,7 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
     written = expanded(overrides, default_parts)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            composed = hydra_compose("train", opened(written), return_hydra_config=True)
+            composed = without_leftovers(partial(hydra_compose, "train", return_hydra_config=True), opened(written))
             chosen = composed.hydra.runtime.choices
             choices = {group: chosen[group] for group in GROUPS if chosen.get(group)}
             params = composed.hydra.sweeper.params
@@ -179,7 +178,7 @@ def compose_cell(overrides: Sequence[str]) -> tuple[dict[str, Any], Launcher]:
                 raise CommandError(f"these need a value: {', '.join(f'{key}=...' for key in missing)}")
             config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
-        raise CommandError(_one_line(error)) from error
+        raise CommandError(one_line(error)) from error
     if isinstance(config["distiller"].get("parts"), dict) and default_parts(choices["distiller"]):
         parts = config["distiller"]["parts"] = in_order(config["distiller"]["parts"], written)
         # A part that is a node of the user's own, not the choice of a name, goes by the name of the part.
@@ -213,88 +212,3 @@ def _drop_about(node: dict[str, Any]) -> None:
     for value in node.values():
         if isinstance(value, dict):
             _drop_about(value)
-
-
-def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
-    """Build the object that a node names.
-
-    Raises:
-        CommandError: with the message of the error inside.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as hydra_instantiate
-    from omegaconf import OmegaConf
-
-    try:
-        return hydra_instantiate(OmegaConf.create(dict(node)), _convert_="all", **keywords)
-    except InstantiationException as error:
-        cause: BaseException = error
-        # Hydra says what it could not import, and keeps what was missing in there for the cause.
-        while type(cause) in (InstantiationException, ImportError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, ModuleNotFoundError):
-            raise cause from error
-        if isinstance(cause, ValueError | TypeError | OSError | InstantiationException):
-            raise CommandError(_one_line(cause)) from error
-        raise cause from error
-
-
-def target_of(node: Mapping[str, Any]) -> Any:
-    """The class or function that a node names, which is not called.
-
-    Raises:
-        CommandError: there is none of that name.
-        ModuleNotFoundError: it needs a package that is not installed.
-    """
-    module, _, name = str(node["_target_"]).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise CommandError(f"_target_={node['_target_']} cannot be found ({error}).") from error
-
-
-def check_targets(config: Any, origin: Path, trusted: Collection[str] = ()) -> None:
-    """Raise if a configuration read from a run folder names anything but classes of this library to call.
-
-    What our modules import is not meant: `kdlvfm.data.files.io.open` would be a way to any function there is.
-
-    Args:
-        config: the configuration, or a part of it.
-        origin: the file that it was read from.
-        trusted: functions that may be called besides.
-
-    Raises:
-        CommandError: naming the target.
-    """
-    for target in _targets(config):
-        if target not in trusted and not _is_own_class(target):
-            raise CommandError(f"{origin} asks to call {target!r}, which is no class of kdlvfm; it was not loaded.")
-
-
-def _is_own_class(target: str) -> bool:
-    found = _TRUSTED.fullmatch(target)
-    if found is None or importlib.util.find_spec(found["module"]) is None:
-        return False
-    named = vars(importlib.import_module(found["module"])).get(found["name"])
-    return isinstance(named, type) and named.__module__ == found["module"]
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "_target_":
-                yield str(value)
-            else:
-                yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
-
-
-def _one_line(error: BaseException) -> str:
-    """The message without Hydra's and OmegaConf's further lines, which repeat the key in other words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key:", "object_type", "See https"))]
-    return " ".join(kept) or type(error).__name__

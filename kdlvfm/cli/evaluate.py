@@ -41,8 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     from rich.table import Table
 
     from kdlvfm.cli.build import build_data, build_task, build_teacher
-    from kdlvfm.cli.config import check_targets
     from kdlvfm.cli.runs import FROM_RUN, find_device, load_student, read_run
+    from kdlvfm.cli.targets import check_targets
     from kdlvfm.reporting.reading import reading_of
     from kdlvfm.training.fit import evaluate
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kdlvfm import __version__
 from kdlvfm.cli.build import build_data
-from kdlvfm.cli.config import check_targets, instantiate
 from kdlvfm.cli.list import papers_of
 from kdlvfm.cli.loading import networks_of, statistics_of
 from kdlvfm.cli.runs import WEIGHTS, load_student
+from kdlvfm.cli.targets import check_targets, instantiate
 from kdlvfm.core import FeatureModel, Task
 from kdlvfm.data.base import SampleData
 from kdlvfm.export.card import Measured, licences, model_card

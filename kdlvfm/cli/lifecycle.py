@@ -18,10 +18,10 @@ import torch
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import Cell, build, check_numbers
-from kdlvfm.cli.config import instantiate
 from kdlvfm.cli.lock import RunLock, leads
 from kdlvfm.cli.measure import measure, whole_forward, write_weights
 from kdlvfm.cli.run_folder import checkpoint_of, earlier_record, method_name, run_folder
+from kdlvfm.cli.targets import instantiate
 from kdlvfm.reporting import record as records
 from kdlvfm.reporting.cost import count_macs, count_parameters
 from kdlvfm.reporting.reading import reading_of

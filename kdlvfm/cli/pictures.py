@@ -68,8 +68,8 @@ def draw_predictions(runs: Mapping[str, Path], split: str, scenes: int, path: Pa
     import torch
 
     from kdlvfm.cli.build import build_data, build_task, build_teacher
-    from kdlvfm.cli.config import check_targets
     from kdlvfm.cli.runs import load_student, read_run
+    from kdlvfm.cli.targets import check_targets
     from kdlvfm.reporting.figures import LEAST_SCORE, box_grid, mask_grid
     from kdlvfm.training.fit import predict
 

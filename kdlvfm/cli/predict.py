@@ -61,8 +61,8 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from kdlvfm.cli.config import check_targets, instantiate
     from kdlvfm.cli.runs import find_device, load_student, read_run
+    from kdlvfm.cli.targets import check_targets, instantiate
 
     record = read_run(options.run)
     config = {part: record["config"][part] for part in ("data", "task")}

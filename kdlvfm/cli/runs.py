@@ -13,7 +13,7 @@ import torch
 
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import build_student
-from kdlvfm.cli.config import check_targets
+from kdlvfm.cli.targets import check_targets
 from kdlvfm.core import FeatureModel
 from kdlvfm.reporting.record import Record, RecordError, read_record
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -155,11 +154,7 @@ class Space:
         return config
 
     def _build(self, config: Mapping[str, Any]) -> None:
-        try:
-            splits = build_run(config).data.splits
-        except CommandError as error:
-            near = [one for key in self.dimensions for one in _near_arguments(key, config, str(error))]
-            raise CommandError(f"{error}.{_hint(near)}" if near else str(error)) from error
+        splits = build_run(config).data.splits
         if "val" not in splits:
             raise CommandError(f"{config['choices']['data']} has no validation split, and a search needs one.")
 
@@ -211,23 +206,6 @@ def _check_key(key: str, config: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         near = near or [f"{other}{dot}{rest}" for other in difflib.get_close_matches(group, GROUPS, n=1)]
         raise CommandError(f"the configuration has no {key}.{_hint(near)}")
-
-
-def _near_arguments(key: str, config: Mapping[str, Any], error: str) -> list[str]:
-    """Keys like this one, if the class that it is an argument of was built and has refused it."""
-    from hydra.utils import get_object
-
-    path, _, name = key.rpartition(".")
-    if f"unexpected keyword argument {name!r}" not in error:
-        return []
-    node: Any = config
-    for part in path.split("."):
-        node = node[part]
-    if not isinstance(node.get("_target_"), str):
-        return []
-    target = get_object(node["_target_"].removesuffix(".from_context"))
-    near = difflib.get_close_matches(name, inspect.signature(target).parameters, n=3)
-    return [f"{path}.{one}" for one in near]
 
 
 def _hint(near: Sequence[str]) -> str:

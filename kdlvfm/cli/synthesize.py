@@ -117,8 +117,8 @@ def _of_run(folder: Path) -> _Source:
     import torch
 
     from kdlvfm.cli.build import build_data, build_task, build_teacher
-    from kdlvfm.cli.config import check_targets, instantiate
     from kdlvfm.cli.runs import load_student, read_run, teacher_from_run
+    from kdlvfm.cli.targets import check_targets, instantiate
     from kdlvfm.core import Context
 
     record, origin = read_run(folder), folder / "record.json"
@@ -149,7 +149,7 @@ def _of_run(folder: Path) -> _Source:
 
 def _check_synthesizer(node: Mapping[str, Any], origin: Path) -> None:
     """As `check_targets`, for a synthesiser of this library."""
-    from kdlvfm.cli.config import check_targets
+    from kdlvfm.cli.targets import check_targets
     from kdlvfm.core.synthesizer import Synthesizer
     from kdlvfm.distillers import synthesizers
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import build_distiller
 from kdlvfm.cli.config import compose, options
 from kdlvfm.cli.list import read_about
@@ -287,5 +288,5 @@ def test_a_checkpoint_holds_all_that_a_distiller_has_learned(build, seen, make_s
 
 
 def test_a_wrong_argument_is_refused(node, context):
-    with pytest.raises(TypeError, match="no_such_argument"):
+    with pytest.raises(CommandError, match="no_such_argument"):
         build_distiller({**node, "no_such_argument": 1}, context)
