@@ -9,8 +9,9 @@ The first folder, made if there is none, is an environment of LightlyTrain's own
 command that it is and never imported. Both commands are given the same teacher file of random weights, method (its
 distillation v3, which is our `token_relation`), images, batch, steps, size, crops, mirroring and AdamW, and load images
 in their own process; what else they do by default they do. They take turns in float32 and then in mixed bfloat16, where
-ours is also given what LightlyTrain has no setting for; the ratios are medians of the pairs'. `lightly_train_clock.py`
-looks at both with the same clock.
+ours is also given what LightlyTrain has no setting for; the ratios are medians of the pairs'. The last case is a
+further run of ours, of the same seed, that reads the teacher's features which a run before it has stored: the second
+cell of a sweep. That first run's time is in the record. `lightly_train_clock.py` looks at both with the same clock.
 """
 
 from __future__ import annotations
@@ -39,11 +40,16 @@ TEACHER = "vit_small_patch16_dinov3"
 QUEUE = 128
 WARM_UP = 2
 SIDES = ("ours", "theirs")
-# Precision -> what each command is given besides.
-PRECISIONS = {
+STORED = "bfloat16, features stored by an earlier run"
+# Case -> what each command is given besides.
+CASES = {
     "float32": {"ours": [], "theirs": ["precision=32-true"]},
     "bfloat16": {
         "ours": ["trainer.precision=bf16-mixed", "trainer.channels_last=true"],
+        "theirs": ["precision=bf16-mixed"],
+    },
+    STORED: {
+        "ours": ["trainer.precision=bf16-mixed", "trainer.channels_last=true", "teacher_cache=build"],
         "theirs": ["precision=bf16-mixed"],
     },
 }
@@ -112,11 +118,13 @@ def theirs(chosen: argparse.Namespace, weights: Path, out: Path) -> list[str]:
     ]
 
 
-def run(side: str, precision: str, chosen: argparse.Namespace, weights: Path, folder: Path) -> dict[str, float]:
+def run(side: str, case: str, chosen: argparse.Namespace, weights: Path, folder: Path) -> dict[str, float]:
     """One run: seconds to the end of the first step, images a second after the first steps, and peak memory."""
     report = folder / f"{side}.json"
     python = sys.executable if side == "ours" else str(chosen.folder / "bin" / "python")
-    command = (ours if side == "ours" else theirs)(chosen, weights, folder / side) + PRECISIONS[precision][side]
+    command = (ours if side == "ours" else theirs)(chosen, weights, folder / side) + CASES[case][side]
+    if case == STORED and side == "ours":
+        command.append(f"teacher_cache.folder={folder.parent / 'features'}")
     clock = Path(__file__).with_name("lightly_train_clock.py")
     variables = {
         **os.environ,
@@ -155,7 +163,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         weights = Path(scratch) / "teacher.pt"
         torch.manual_seed(0)
         torch.save(timm.create_model(TEACHER, num_classes=0).state_dict(), weights)
-        cases = [compared(precision, chosen, weights, Path(scratch)) for precision in PRECISIONS]
+        cases = [compared(case, chosen, weights, Path(scratch)) for case in CASES]
     return {
         "benchmark": "lightly_train",
         "setting": {
@@ -174,19 +182,25 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compared(precision: str, chosen: argparse.Namespace, weights: Path, scratch: Path) -> dict[str, Any]:
-    """Both commands by turns in one precision."""
+def compared(case: str, chosen: argparse.Namespace, weights: Path, scratch: Path) -> dict[str, Any]:
+    """Both commands by turns in one case."""
     pairs: list[dict[str, dict[str, float]]] = []
+    first = {}
+    if case == STORED:
+        folder = scratch / "first"
+        folder.mkdir()
+        first = {"first_run": run("ours", case, chosen, weights, folder)}
     for repeat in range(chosen.repeats):
-        folder = scratch / f"{precision}-{repeat}"
+        folder = scratch / f"{list(CASES).index(case)}-{repeat}"
         folder.mkdir()
         order = SIDES[:: -1 if repeat % 2 else 1]
-        pairs.append({side: run(side, precision, chosen, weights, folder) for side in order})
-        print(*(f"{precision}, {side}: {pairs[-1][side]}" for side in SIDES), sep="\n", flush=True)
+        pairs.append({side: run(side, case, chosen, weights, folder) for side in order})
+        print(*(f"{case}, {side}: {pairs[-1][side]}" for side in SIDES), sep="\n", flush=True)
     names = pairs[0]["ours"]
     return {
-        "precision": precision,
-        "added": PRECISIONS[precision],
+        "case": case,
+        "added": CASES[case],
+        **first,
         "repeats": pairs,
         **{side: {name: median(pair[side][name] for pair in pairs) for name in names} for side in SIDES},
         "ours_over_theirs": {
@@ -203,20 +217,22 @@ def table(record: dict[str, Any]) -> list[str]:
         "seconds_to_first_step": "seconds to the end of the first step",
         "mib": "most memory, MiB",
     }
-    lines = ["| precision | | kdlvfm | LightlyTrain | kdlvfm / LightlyTrain |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = ["| | | kdlvfm | LightlyTrain | kdlvfm / LightlyTrain |", "| --- | --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {case['precision']} | {text} | {case['ours'][name]:.4g} | {case['theirs'][name]:.4g} | "
+        f"| {case['case']} | {text} | {case['ours'][name]:.4g} | {case['theirs'][name]:.4g} | "
         f"**{case['ours_over_theirs'][name]:.2f}** |"
         for case in record["cases"]
         for name, text in parts.items()
     ]
     hardware = where["hardware"]["gpu"] if setting["device"] == "gpu" else where["hardware"]["cpu"]
     side, repeats = setting["size"], len(record["cases"][0]["repeats"])
+    stored = next(case for case in record["cases"] if case["case"] == STORED)
     return [
         *lines,
         "",
         f"{hardware}, {setting['threads']} thread, {setting['steps']} steps of {setting['batch']} images of "
-        f"{side}x{side}, LightlyTrain {setting['lightly_train']}, {repeats} runs of each.",
+        f"{side}x{side}, LightlyTrain {setting['lightly_train']}, {repeats} runs of each. The run that stored the "
+        f"features took {stored['first_run']['seconds']:.0f} s, one that read them {stored['ours']['seconds']:.0f} s.",
     ]
 
 

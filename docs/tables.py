@@ -28,6 +28,7 @@ TABLES = [
     ("docs/benchmarks.md", "data_free", "test"),
     ("docs/benchmarks.md", "digit_scenes", "test"),
     ("docs/benchmarks.md", "dkdm", "test"),
+    ("docs/benchmarks.md", "two_stages/camvid", "test"),
     ("docs/detection.md", "demo_detection", "test"),
     ("experiments/alignment/README.md", "alignment", "val"),
     ("experiments/bccd/README.md", "bccd", "test"),
@@ -35,6 +36,8 @@ TABLES = [
     ("experiments/data_free/README.md", "data_free", "test"),
     ("experiments/digit_scenes/README.md", "digit_scenes", "test"),
     ("experiments/dkdm/README.md", "dkdm", "test"),
+    ("experiments/two_stages/README.md", "two_stages/camvid", "test"),
+    ("experiments/two_stages/README.md", "two_stages/features", "val"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
 ]
 # Page and experiment of which a student was exported.

@@ -75,18 +75,23 @@ def test_both_commands_of_the_comparison_with_lightly_train_are_given_the_same(t
     assert config["teacher"]["checkpoint"] == theirs["method_args.teacher_weights"]
     assert config["recipe"]["optimizer"]["lr"] == float(theirs["optim_args.lr"])
     assert theirs["transform_args.image_size"] == "[160,160]"
-    for precision, added in lightly_train.PRECISIONS.items():
-        assert compose([*overrides, *added["ours"]])["trainer"]["precision"] in (32, "32-true", "bf16-mixed"), precision
+    for name, added in lightly_train.CASES.items():
+        own = compose([*overrides, *added["ours"]])
+        assert own["trainer"]["precision"] == ("32-true" if name == "float32" else "bf16-mixed")
+        assert (own["teacher_cache"]["mode"] == "build") == (name == lightly_train.STORED)
 
 
 def test_the_table_of_lightly_train_shows_medians():
     side = {"images_per_second": 10.0, "seconds_to_first_step": 20.0, "seconds": 30.0, "mib": 1000.0}
-    ratios = {"ours_over_theirs": dict.fromkeys(side, 1.25)}
+    both = {"repeats": [{}, {}, {}], "ours": side, "theirs": side, "ours_over_theirs": dict.fromkeys(side, 1.25)}
     record = {
         "setting": {"device": "cpu", "threads": 1, "size": 64, "batch": 4, "steps": 9, "lightly_train": "1"},
         "environment": {"hardware": {"cpu": "a processor", "gpu": None}},
-        "cases": [{"precision": "float32", "repeats": [{}, {}, {}], "ours": side, "theirs": side, **ratios}],
+        "cases": [{"case": "float32", **both}, {"case": lightly_train.STORED, "first_run": {"seconds": 95.2}, **both}],
     }
     lines = lightly_train.table(record)
     assert lines[2] == "| float32 | images a second | 10 | 10 | **1.25** |"
-    assert lines[-1] == "a processor, 1 thread, 9 steps of 4 images of 64x64, LightlyTrain 1, 3 runs of each."
+    assert lines[-1] == (
+        "a processor, 1 thread, 9 steps of 4 images of 64x64, LightlyTrain 1, 3 runs of each. The run that stored the "
+        "features took 95 s, one that read them 30 s."
+    )
