@@ -18,35 +18,41 @@ def record_path(device: str) -> Path:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """The lines of one record's table."""
+    """The lines of one record's table: a row for each loss and number of channels, in it each size of maps."""
     setting, environment = record["setting"], record["environment"]
-    lines = [
-        "| loss | maps | channels | batch | ours | plain | times faster | ours | plain | times smaller |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    sizes = sorted({entry["size"] for entry in record["cases"] if entry["size"]}) or [0]
+    titles = ["loss", "channels"]
+    for size in sizes:
+        titles += [f"{size}x{size}: batch", "ours", "MiB", "times faster", "times smaller"]
+    lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
+    rows: dict[tuple[str, int | None], dict[int, dict[str, Any]]] = {}
     for entry in record["cases"]:
-        ours, plain = entry["ours"], entry["plain"]
-        size = f"{entry['size']}x{entry['size']}" if entry["size"] else "–"
-        lines.append(
-            f"| `{entry['loss']}` | {size} | {entry['channels'] or '–'} | {entry['batch']} | "
-            f"{time_text(ours)} | {time_text(plain)} | **{entry['faster']:.2f}** | "
-            f"{_memory(ours)} | {_memory(plain)} | **{entry['smaller']:.1f}** |"
-        )
+        # What has no maps stands in the columns of the smallest.
+        rows.setdefault((entry["loss"], entry["channels"]), {})[entry["size"] or sizes[0]] = entry
+    for (loss, channels), row in rows.items():
+        cells = [f"`{loss}`", str(channels or "–")]
+        for size in sizes:
+            cells += _cells(row[size]) if size in row else [""] * 5
+        lines.append(f"| {' | '.join(cells)} |")
     where = environment["hardware"]["gpu"] if setting["device"] == "cuda" else environment["hardware"]["cpu"]
     threads = "" if setting["device"] == "cuda" else f", {setting['threads']} thread"
+    vectors = dict.fromkeys(f"`{entry['loss']}`" for entry in record["cases"] if not entry["size"])
     notes = (
         f"{where}{threads}, torch {environment['versions']['torch']}, float32, a teacher of "
         f"{setting['teacher_channels']} channels."
+        + (f" Of vectors, not of maps: {', '.join(vectors)}." if vectors else "")
     )
     return [*lines, "", notes]
 
 
+def _cells(entry: dict[str, Any]) -> list[str]:
+    ours = entry["ours"]
+    ratios = [f"**{entry['faster']:.2f}**", f"**{entry['smaller']:.1f}**"]
+    return [str(entry["batch"]), time_text(ours), f"{ours['mib']:.{0 if ours['mib'] >= 10 else 1}f}", *ratios]
+
+
 def time_text(side: dict[str, float]) -> str:
     return f"{side['milliseconds']:.{0 if side['milliseconds'] >= 100 else 1 if side['milliseconds'] >= 10 else 2}f} ms"
-
-
-def _memory(side: dict[str, float]) -> str:
-    return f"{side['mib']:.{0 if side['mib'] >= 10 else 1}f} MiB"
 
 
 def page() -> str:

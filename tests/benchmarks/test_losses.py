@@ -64,7 +64,16 @@ def test_a_record_keeps_what_is_not_measured_again():
     chosen.only = "kd"
     second = losses.measure_all(chosen, first)
     assert second["cases"][1] == first["cases"][1]
-    assert losses_page.table(second)[2].startswith("| `kd` | 8x8 | – | 2 |")
+    title, _, line, *_ = losses_page.table(second)
+    assert title.startswith("| loss | channels | 8x8: batch | ours | MiB | times faster |")
+    assert line.startswith("| `kd` | – | 2 | ")
+    assert f" | **{second['cases'][0]['faster']:.2f}** | " in line
+    other = {**second["cases"][1], "size": 16, "faster": 1.25}
+    (row,) = [
+        x for x in losses_page.table({**second, "cases": [*second["cases"], other]}) if x.startswith("| `fitnet`")
+    ]
+    assert row.count("|") == 13
+    assert row.endswith(f"**1.25** | **{other['smaller']:.1f}** |")
     chosen.only = "kdd"
     with pytest.raises(SystemExit, match="no loss kdd; there are kd, "):
         losses.measure_all(chosen, second)
