@@ -94,10 +94,10 @@ def crosskd_kl_loss(
     _check(student, teacher, weight)
     if student.shape[1] % 4 or student.shape[1] < 8:
         raise ValueError(f"{student.shape[1]} channels are no distributions of four sides; GIoU is for plain numbers.")
-    own, goal = (
-        F.log_softmax(promote(x).reshape(len(x), 4, -1, *x.shape[2:]) / temperature, dim=2)
-        for x in (student, teacher.detach())
-    )
+    sides = [promote(x).reshape(len(x), 4, -1, *x.shape[2:]) for x in (student, teacher.detach())]
+    if temperature != 1:  # a division copies both maps, a tenth of the whole
+        sides = [x / temperature for x in sides]
+    own, goal = (F.log_softmax(x, dim=2) for x in sides)
     divergence = F.kl_div(own, goal, log_target=True, reduction="none").sum(2).mean(1)
     total = temperature**2 * (divergence * weight.detach()).sum()
     return total / (weight.numel() if avg_factor is None else avg_factor)
