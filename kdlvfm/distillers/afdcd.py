@@ -19,8 +19,8 @@ from kdlvfm.distillers.mgd import mgd_generator, mgd_loss, random_mask
 
 Negatives = Literal["channels", "all"]
 
-_BLOCK = 2**24
-"""Distances held at once."""
+_BLOCK = 2**21
+"""Distances held at once: few enough for a processor's cache, enough to keep a GPU busy."""
 
 
 def afdcd_loss(
