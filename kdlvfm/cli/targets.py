@@ -66,7 +66,7 @@ def _explained(error: BaseException, node: Mapping[str, Any]) -> str:
             taken = {name: None for one in classes if one is not object for name in _arguments(one)}
             near = difflib.get_close_matches(found["argument"], taken, n=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"It takes {', '.join(taken)}."
-            return f"{built.__name__} takes no {found['argument']}. {hint}"
+            return f"{built.__name__} takes no {found['argument']!r}. {hint}"
     return one_line(error)
 
 

@@ -150,7 +150,7 @@ def test_it_is_measured_again(runs, kdlvfm):
     ("overrides", "message"),
     [
         (("data=camvid",), "data.size"),
-        (("student=resnet18_fpn",), "SMPModel takes no steps"),
+        (("student=resnet18_fpn",), "SMPModel takes no 'steps'"),
         (("student.size=16",), "set student.size=8"),
         (("task.sampling_steps=11",), "from 2 to the 10 steps"),
         (("data.size=4",), "choose size >= 8"),

@@ -76,7 +76,7 @@ def test_the_teacher_of_a_run(kdlvfm, head):
         (["teacher=ensemble"], "an ensemble needs members"),
         (["teacher=ensemble", "teacher@teacher.members.a=none"], "teacher.members.a is no teacher"),
         (["teacher=ensemble", "teacher@teacher.members.a=dinov4"], "no teacher called 'dinov4'"),
-        (["teacher=ensemble", "teacher@teacher.members.a=dinov3_vits16", "teacher.norm=1"], "argument 'norm'"),
+        (["teacher=ensemble", "teacher@teacher.members.a=dinov3_vits16", "teacher.norm=1"], "takes no 'norm'"),
         (["teacher=timm", "teacher.name=resnet81"], "no model 'resnet81'"),
     ],
 )

@@ -11,13 +11,13 @@ from kdlvfm.cli.config import compose
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["distiller=kd", "distiller.temprature=4"], r"^KD takes no temprature\. Did you mean temperature\?$"),
+        (["distiller=kd", "distiller.temprature=4"], r"^KD takes no 'temprature'\. Did you mean temperature\?$"),
         (
             ["distiller=kd+fitnet", "teacher=digit_scenes_vit", "distiller.parts.fitnet.depth=3"],
-            r"^FitNet takes no depth\. It takes student_dim, .*",
+            r"^FitNet takes no 'depth'\. It takes student_dim, .*",
         ),
-        (["distiller=none", "data.banana=1"], r"^DigitScenes takes no banana\. It takes size, .*batch_size"),
-        (["distiller=none", "student.frezee=true"], r"^EncoderHead takes no frezee\. Did you mean freeze\?$"),
+        (["distiller=none", "data.banana=1"], r"^DigitScenes takes no 'banana'\. It takes size, .*batch_size"),
+        (["distiller=none", "student.frezee=true"], r"^EncoderHead takes no 'frezee'\. Did you mean freeze\?$"),
     ],
 )
 def test_what_a_class_does_not_take_is_refused_with_what_it_takes(overrides, message, small):
