@@ -28,7 +28,9 @@ def without_leftovers(compose: Callable[[Sequence[str]], Any], overrides: Sequen
     if not chosen.get("experiment"):
         return composed
     meant = compose([f"experiment={chosen['experiment']}"]).hydra.runtime.choices
-    replaced = [group for group in _CHOICES if chosen[group] != meant[group]]
+    usual = compose([]).hydra.runtime.choices
+    # What an experiment says of a group without choosing in it is for every choice, such as those that it sweeps.
+    replaced = [group for group in _CHOICES if meant[group] not in (chosen[group], usual[group])]
     if not replaced:
         return composed
     alone = compose([one for one in overrides if _group(one) in replaced])

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A choice of the user's own is free of what an experiment says of the choice that it replaces."""
 
+import shutil
+
 import pytest
 
+import kdlvfm.cli.config
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.config import compose
 from kdlvfm.reporting.record import config_hash
@@ -71,3 +74,11 @@ def test_its_own_choices_keep_their_values(overrides):
 def test_what_was_taken_out_by_hand_is_the_same_run():
     overrides = ["experiment=camvid", "distiller=fitnet", "teacher=timm", "teacher.name=vit_tiny_patch16_224"]
     assert config_hash(compose(overrides)) == config_hash(compose([*overrides, "~teacher.run"]))
+
+
+def test_what_an_experiment_says_of_every_choice_stays(tmp_path, monkeypatch):
+    configs = tmp_path / "configs"
+    shutil.copytree(kdlvfm.cli.config.config_dir(), configs)
+    (configs / "experiment" / "mine.yaml").write_text("# @package _global_\ndistiller:\n  loss_weight: 3.0\n")
+    monkeypatch.setattr(kdlvfm.cli.config, "config_dir", lambda: configs)
+    assert compose(["experiment=mine", "distiller=kd", "teacher=dinov3_vits16"])["distiller"]["loss_weight"] == 3.0
