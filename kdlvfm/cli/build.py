@@ -14,8 +14,9 @@ from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import names_in
 from kdlvfm.cli.config import options
 from kdlvfm.cli.list import read_about
+from kdlvfm.cli.run_cache import RunCache
 from kdlvfm.cli.targets import instantiate, instantiate_with, target_of
-from kdlvfm.cli.teacher_cache import RunCache, prepare
+from kdlvfm.cli.teacher_cache import prepare
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.core.levels import build_at_levels
 from kdlvfm.data.base import SampleData
@@ -36,6 +37,13 @@ class Cell:
     distiller: Distiller
     module: DistillationModule
     cache: RunCache | None = None
+
+    def fill_cache(self) -> dict[str, Any]:
+        """Compute what the teacher cache lacks, and let training read it; what a record says of that."""
+        facts = {} if self.cache is None else {"teacher_cache": self.cache.fill()}
+        if self.cache is not None:
+            self.module.teacher = self.cache.serve(self.data)
+        return facts
 
 
 # What a teacher's node may set of any teacher, whatever its class.
@@ -60,6 +68,7 @@ _WHOLE_OR_NULL = {
     "run.dead_term_steps": 1,
     "run.inference_seconds": 1,
     "teacher_cache.views": 1,
+    "teacher_cache.pca": 1,
 }
 
 
@@ -286,8 +295,6 @@ def build(config: Mapping[str, Any]) -> Cell:
             seed=config["seed"],
         )
         cache = prepare(config, data, task, teacher, distiller)
-        if cache is not None:
-            module.teacher = cache.serve(data)
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     return Cell(data, task, student, teacher, distiller, module, cache)

@@ -93,6 +93,8 @@ def _list(folders: Sequence[Path]) -> int:
             "one."
         )
     console, total = Console(), 0
+    if not console.is_terminal:
+        console = Console(width=140)
     for folder in found:
         store, size = _open(folder), _size(folder)
         total += size
@@ -111,7 +113,7 @@ def _list(folders: Sequence[Path]) -> int:
             table.add_row(
                 format.tap,
                 "x".join(map(str, format.shape)),
-                format.stored,
+                format.label,
                 str(len(rows)),
                 str(views),
                 shown_bytes(format.row_bytes),
@@ -124,19 +126,21 @@ def _list(folders: Sequence[Path]) -> int:
 
 
 def _remove(folders: Sequence[Path]) -> int:
-    from kdlvfm.cli.lock import owner
+    from kdlvfm.cli.lock import LOCK, owner
     from kdlvfm.training.cache.compute import shown_bytes
     from kdlvfm.training.cache.store import INDEX, SHARDS
 
     for folder in folders:
         _open(folder)
         strange = [
-            path.name for path in folder.iterdir() if path.name not in (INDEX, SHARDS) and path.suffix != ".json"
+            path.name
+            for path in folder.iterdir()
+            if path.name not in (INDEX, SHARDS, LOCK) and path.suffix not in (".json", ".safetensors")
         ]
         if strange:
             raise CommandError(f"{folder} holds {strange[0]} besides a cache; nothing was removed.")
-        for shard in (folder / SHARDS).glob("*"):
-            if process := owner(shard):
+        for part in (folder, *(folder / SHARDS).glob("*")):
+            if process := owner(part):
                 raise CommandError(f"{folder} is being computed by {process}; nothing was removed.")
     for folder in folders:
         size = _size(folder)
@@ -168,11 +172,14 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
         except CacheError as error:
             raise CommandError(str(error)) from error
         cosines = [finding.cosine for finding in findings if finding.cosine is not None]
-        name = f"{format.tap} {format.stored}"
+        name, bound = f"{format.tap} {format.label}", BOUNDS[format.stored]
+        if format.projection is not None:
+            kept = f"{100 * format.projection.variance:.1f} %"
+            bound = f"{bound} among coefficients; the components keep {kept} of the variance"
         if cosines:
             print(
                 f"{name}: {len(findings)} of {len(rows)} images computed again, lowest cosine {min(cosines):.6f} (at "
-                f"least {LEAST_COSINE[format.stored]}); error by storing at most: {BOUNDS[format.stored]}"
+                f"least {LEAST_COSINE[format.stored]}); error by storing at most: {bound}"
             )
         if options.all:
             found = {finding.row for finding in findings}

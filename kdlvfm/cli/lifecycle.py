@@ -84,8 +84,7 @@ def _compute(config: dict[str, Any], overrides: Sequence[str], cell: Cell, folde
         _describe(folder, cell, config)
     began = time.perf_counter()
     try:
-        if cell.cache is not None:
-            record["teacher_cache"] = cell.cache.fill()
+        record.update(cell.fill_cache())
         result = fit(
             module=cell.module,
             data=cell.data,

@@ -89,8 +89,7 @@ def _measure(cell: Cell, config: Mapping[str, Any], warmup: int, steps: int) -> 
     from kdlvfm.training.fit import fit
     from kdlvfm.training.step_profile import PARTS, StepProfile
 
-    if cell.cache is not None:
-        cell.cache.fill()
+    cell.fill_cache()
     print(f"{steps} steps of {cell.data.batch_size} images ...", flush=True)
     with TemporaryDirectory() as folder, StepProfile(cell.module) as profile:
         try:

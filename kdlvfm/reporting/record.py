@@ -106,8 +106,12 @@ def _effect_of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
     effect = {}
     if settings.get("views") is not None:
         effect["views"] = settings["views"]
-    if settings.get("mode", "none") != "none" and settings["dtype"] != "fp32":
-        effect["dtype"] = settings["dtype"]
+    if settings.get("mode", "none") != "none":
+        pca = settings.get("pca")
+        if pca is not None:
+            effect["pca"] = pca
+        if pca is not None or settings["dtype"] != "fp32":
+            effect["dtype"] = settings["dtype"]
     return effect
 
 

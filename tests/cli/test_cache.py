@@ -2,6 +2,7 @@
 """`kdlvfm cache`: list, verify, remove."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -15,12 +16,13 @@ PRETRAINED = "teacher=digit_scenes_vit"
 
 @pytest.fixture(scope="module")
 def made(small, tmp_path_factory):
-    """A cache of a pretrained teacher, in fp16 and int8."""
+    """A cache of a pretrained teacher, in fp16 and int8, and of 16 principal components."""
     root = tmp_path_factory.mktemp("caches")
-    for dtype in ("fp16", "int8"):
+    for dtype, pca in (("fp16", "null"), ("int8", "null"), ("fp16", "16")):
         cache = ("teacher_cache=build", f"teacher_cache.folder={root}", f"teacher_cache.dtype={dtype}")
+        more = (*cache, f"teacher_cache.pca={pca}", f"out={root}/run-{dtype}-{pca}")
         with pytest.raises(SystemExit) as ended:
-            main(["train", *small, PRETRAINED, "distiller=fitnet", *cache, f"out={root}/run-{dtype}"])
+            main(["train", *small, PRETRAINED, "distiller=fitnet", *more])
         assert not ended.value.code
     (folder,) = (path for path in root.iterdir() if path.name.startswith("digit_scenes_vit-DigitScenes-"))
     return folder
@@ -32,14 +34,14 @@ def cache(made, tmp_path):
     return shutil.copytree(made, tmp_path / "caches" / made.name)
 
 
-def test_list_shows_what_is_stored(kdlvfm, cache, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "150")
+def test_list_shows_what_is_stored(kdlvfm, cache):
     ended = kdlvfm("cache", "list", cache.parent)
     assert ended.code == 0
     assert "digit_scenes_vit on DigitScenes, images of 64x64, not augmented" in ended.out
     rows = [line.split() for line in ended.out.splitlines() if line.strip().startswith("map.-1")]
     assert [row[:5] for row in rows] == [
         ["map.-1", "144x8x8", "fp16", "16", "1"],
+        ["map.-1", "144x8x8", "fp16", "pca16", "16"],
         ["map.-1", "144x8x8", "int8", "16", "1"],
     ]
     assert f"next  kdlvfm cache verify {cache}" in ended.out
@@ -51,6 +53,8 @@ def test_verify_computes_a_sample_again(kdlvfm, cache):
     assert "map.-1 fp16: 5 of 16 images computed again, lowest cosine 1.000000 (at least 0.999)" in ended.out
     assert "map.-1 int8: 5 of 16 images computed again, lowest cosine 0.999" in ended.out
     assert "(at least 0.99); error by storing at most: 1/254 of the largest value of the channel" in ended.out
+    assert "map.-1 fp16 pca16: 5 of 16 images computed again, lowest cosine 1.000000 (at least 0.999)" in ended.out
+    assert re.search(r"among coefficients; the components keep \d\d\.\d % of the variance", ended.out)
     assert "checksums of all 16 images compared" in ended.out
     assert f"{cache} is what the teacher gives." in ended.out
 

@@ -66,6 +66,38 @@ def test_a_cache_without_loss_is_the_run_without_a_cache(cached, tmp_path):
     assert read["config_hash"] == endless["config_hash"] != live["config_hash"]
 
 
+def test_principal_components_take_the_place_of_channels(cached, tmp_path, kdlvfm):
+    """One basis for all dtypes, fitted once; the run is another one, and the table's baseline the same."""
+    base = ("teacher_cache=build", "teacher_cache.views=2", "teacher_cache.pca=16")
+    record, ended = cached("half", *base)
+    assert "cache      map.-1, 64x3x3, fp16, 16 principal components: 288 B an image" in ended.out
+    assert "and 16 images before, to which principal components are fitted" in ended.out
+    assert "fitting 16 principal components to 16 images" in ended.out
+    assert " % of the variance" in ended.out
+    said = record["teacher_cache"]
+    assert (said["dtype"], said["pca"], said["bytes_per_image"], said["computed"]) == ("fp16", 16, 288, 32)
+    folder = tmp_path / said["folder"]
+    basis = (folder / "map.-1.pca16.safetensors").read_bytes()
+    error = json.loads((folder / "map.-1.fp16.pca16.json").read_text())["measured_error"]
+    assert 0 < error["variance"] < 1
+    assert error["relative_rms"] > 0.01
+    _, ended = cached("whole", *base, "teacher_cache.dtype=int8")
+    assert "fitting" not in ended.out
+    assert (folder / "map.-1.pca16.safetensors").read_bytes() == basis
+    # As many components as channels are the channels, and have no components file.
+    full, _ = cached("full", *base[:2], "teacher_cache.pca=64")
+    plain, _ = cached("plain", *base[:2])
+    assert weights(tmp_path, "full") == weights(tmp_path, "plain") != weights(tmp_path, "half")
+    assert not (folder / "map.-1.pca64.safetensors").exists()
+    assert {record["recipe_hash"] for record in (full, plain)} == {record["recipe_hash"]}
+    again, ended = cached("again", "teacher_cache=read", *base[1:])
+    assert weights(tmp_path, "again") == weights(tmp_path, "half")
+    assert again["config_hash"] == record["config_hash"] != plain["config_hash"]
+    ended = kdlvfm("cache", "remove", folder)
+    assert ended.code == 0, ended.err
+    assert not folder.exists()
+
+
 def test_other_weights_and_other_seeds_have_other_caches(cached, tmp_path):
     records = [
         cached(f"run{i}", "teacher_cache=build", "teacher_cache.views=1", "teacher_cache.dtype=int8", *changes)[0]
@@ -126,11 +158,14 @@ def test_what_has_an_effect_is_in_the_hash():
 
     plain = hashes()
     assert hashes("teacher_cache=build", "teacher_cache.dtype=fp32", "teacher_cache.folder=elsewhere") == plain
-    assert hashes("teacher_cache.dtype=int8") == plain
+    assert hashes("teacher_cache.dtype=int8", "teacher_cache.pca=8") == plain
     half, views = hashes("teacher_cache=build"), hashes("teacher_cache.views=4")
     assert half[0] != plain[0]
     assert half[1] == plain[1]
     assert hashes("teacher_cache=read") == half
+    reduced = hashes("teacher_cache=build", "teacher_cache.dtype=fp32", "teacher_cache.pca=8")
+    assert reduced[0] not in {plain[0], half[0]}
+    assert reduced[1] == plain[1]
     assert views[0] != plain[0]
     assert views[1] != plain[1]
     assert hashes("teacher_cache={mode: build, views: 4, dtype: fp32, folder: caches}") == views
@@ -141,6 +176,8 @@ def test_what_has_an_effect_is_in_the_hash():
     [
         (["teacher_cache=on"], "teacher_cache.mode must be none, build, read, not 'on'"),
         (["teacher_cache.dtype=fp8"], "teacher_cache.dtype must be fp32, fp16, int8, not 'fp8'"),
+        (["teacher_cache.pca=0"], "teacher_cache.pca must be a whole number from 1 on, not 0"),
+        (["teacher_cache.pca=many"], "teacher_cache.pca must be a whole number from 1 on, not 'many'"),
         (["teacher_cache.views=0"], "teacher_cache.views must be a whole number from 1 on, not 0"),
         (["teacher_cache=read"], "lacks 16 of 16 images at map.-1: teacher_cache=build computes them"),
         (["teacher_cache=build", "trainer.precision=bf16-true"], "trainer.precision=32-true, bf16-mixed or 16-mixed"),

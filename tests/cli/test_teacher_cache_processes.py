@@ -56,6 +56,19 @@ def test_two_runs_at_once_compute_everything_once(start, tmp_path):
     assert not list((tmp_path / "caches").rglob("lock"))
 
 
+def test_two_runs_at_once_fit_principal_components_once(start, tmp_path):
+    processes = [start(name, f"distiller={name}", "teacher_cache.pca=8") for name in ("fitnet", "attention_transfer")]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("fitting 8 principal components" in out for out, _ in outputs) == 1
+    assert sum(" % of the variance" in out for out, _ in outputs) in (1, 2)  # 2: one waited for the other
+    store = store_of(tmp_path)
+    format = store.format("map.-1", "fp16", 8)
+    rows = store.stored(format)
+    assert all(store.is_whole(format, row) for row in rows)
+    assert sum(said(tmp_path, name)["computed"] for name in ("fitnet", "attention_transfer")) == len(rows)
+
+
 def test_a_killed_run_goes_on_where_it_stopped(start, tmp_path):
     with start("run", "distiller=fitnet") as process:
         while process.poll() is None and not any((tmp_path / "caches").rglob("*.bin")):

@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from kdlvfm.training.cache.formats import LEAST_COSINE, CacheError, TapFormat, likeness, measured_error
+from kdlvfm.training.cache.rows import RowError
 from kdlvfm.training.cache.source import Drawn, FeatureSource, Key
-from kdlvfm.training.cache.store import CacheStore, RowError
+from kdlvfm.training.cache.store import CacheStore
 
 MARGIN = 2**30
 """Bytes that must stay free on the disk."""
@@ -27,7 +28,8 @@ class Measurement:
     """What a few batches told.
 
     Attributes:
-        formats: of the taps, with the error of storing the images measured.
+        formats: of the taps, with the error of storing the images measured: none where there is still to be fitted a
+            projection.
         images: how many those were.
         seconds: for one image.
     """
@@ -37,8 +39,17 @@ class Measurement:
     seconds: float
 
 
-def measure(source: FeatureSource, taps: Sequence[str], dtype: str, keys: Sequence[Key]) -> Measurement:
+def measure(
+    source: FeatureSource, taps: Sequence[str], dtype: str, keys: Sequence[Key], pca: int | None = None
+) -> Measurement:
     """Compute features of a few batches, and throw them away: what they look like, and how long they take.
+
+    Args:
+        source: of the features.
+        taps: what of them is to be stored.
+        dtype: in which.
+        keys: view and sample of images, of which the first are measured.
+        pca: how many principal components are to take the place of the channels.
 
     Raises:
         CacheError: features that cannot be stored, or that depend on the other images of a batch.
@@ -50,13 +61,9 @@ def measure(source: FeatureSource, taps: Sequence[str], dtype: str, keys: Sequen
     for drawn in source.draw(keys[: _MEASURED * size]):
         features = source.features(drawn.images, taps)
         for tap, value in features.items():
-            found = formats.setdefault(tap, TapFormat.of(tap, value, dtype))
-            error = measured_error(value, found.decode(found.encode(value)))
-            worst = errors.setdefault(tap, error)
-            worst.update(
-                cosine=min(worst["cosine"], error["cosine"]),
-                relative_rms=max(worst["relative_rms"], error["relative_rms"]),
-            )
+            found = formats.setdefault(tap, TapFormat.of(tap, value, dtype, pca))
+            if not found.projected:
+                _keep_worst(errors.setdefault(tap, {}), found, value)
         if not images:
             _check_alone(source, drawn, features)
             if len(keys) > size:  # the first batch pays for the loader's start and the choice of algorithms
@@ -65,7 +72,31 @@ def measure(source: FeatureSource, taps: Sequence[str], dtype: str, keys: Sequen
         if timed and time.perf_counter() - began > _LONG:
             break
     seconds = (time.perf_counter() - began) / timed
-    return Measurement({formats[tap]: errors[tap] for tap in taps}, images, seconds)
+    return Measurement({formats[tap]: errors.get(tap, {}) for tap in taps}, images, seconds)
+
+
+def storing_error(
+    source: FeatureSource, formats: Sequence[TapFormat], keys: Sequence[Key]
+) -> tuple[dict[TapFormat, dict[str, float]], int]:
+    """The error of storing a few images, the first of `keys`, beside the teacher's own features; and how many.
+
+    Raises:
+        CacheError: features that cannot be stored.
+    """
+    chosen = keys[: _MEASURED * source.batch_size]
+    errors: dict[TapFormat, dict[str, float]] = {format: {} for format in formats}
+    for drawn in source.draw(chosen):
+        features = source.features(drawn.images, [format.tap for format in formats])
+        for format, worst in errors.items():
+            _keep_worst(worst, format, features[format.tap])
+    return errors, len(chosen)
+
+
+def _keep_worst(worst: dict[str, float], format: TapFormat, features: Tensor) -> None:
+    """Update the errors of storing with those of one more batch."""
+    error = measured_error(features, format.decode(format.encode(features)))
+    worst["cosine"] = min(worst.get("cosine", 1.0), error["cosine"])
+    worst["relative_rms"] = max(worst.get("relative_rms", 0.0), error["relative_rms"])
 
 
 def _check_alone(source: FeatureSource, drawn: Drawn, features: Mapping[str, Tensor]) -> None:
@@ -137,7 +168,7 @@ class Finding:
 
 
 def compare(store: CacheStore, source: FeatureSource, format: TapFormat, keys: Mapping[int, Key]) -> list[Finding]:
-    """Compute rows anew and compare.
+    """Compute rows anew and compare: with principal components, what of the features these hold.
 
     Args:
         store: the cache.
@@ -148,7 +179,7 @@ def compare(store: CacheStore, source: FeatureSource, format: TapFormat, keys: M
     rows = {key: row for row, key in keys.items()}
     findings = []
     for drawn in source.draw(list(rows)):
-        live = source.features(drawn.images, [format.tap])[format.tap].cpu()
+        live = format.kept(source.features(drawn.images, [format.tap])[format.tap]).cpu()
         for key, digest, features in zip(drawn.keys, drawn.digests, live, strict=False):
             try:
                 stored = format.decode(store.read(format, rows[key], digest)[None])
@@ -174,7 +205,7 @@ def check_space(folder: Path, needed: int) -> int:
         raise CacheError(
             f"the teacher cache needs {shown_bytes(needed)} more, and {shown_bytes(MARGIN)} must stay free; the disk "
             f"of {existing} has {shown_bytes(free)}. Choose another with teacher_cache.folder=FOLDER, or take fewer "
-            "teacher_cache.views, teacher_cache.dtype=int8 or other taps."
+            "teacher_cache.views, teacher_cache.dtype=int8, teacher_cache.pca=128 or other taps."
         )
     return free
 

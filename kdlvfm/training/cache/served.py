@@ -12,8 +12,9 @@ from typing_extensions import Self
 
 from kdlvfm.core import Teacher
 from kdlvfm.training.cache.formats import CacheError, TapFormat
+from kdlvfm.training.cache.rows import image_digest
 from kdlvfm.training.cache.source import Key
-from kdlvfm.training.cache.store import CacheStore, image_digest
+from kdlvfm.training.cache.store import CacheStore
 
 
 @dataclass(frozen=True)

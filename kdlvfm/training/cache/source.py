@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdlvfm.core import Task, Teacher
 from kdlvfm.training.cache.formats import CacheError
-from kdlvfm.training.cache.store import image_digest
+from kdlvfm.training.cache.rows import image_digest
 
 _AUTOCAST = {
     "32-true": None,

@@ -3,20 +3,17 @@
 
     index.json                          what the features are of
     map.-1.fp16.json                    the form of a tap's rows, and what storing them cost
+    map.-1.pca128.safetensors           principal components, where they are stored instead of channels
     shards/00000/map.-1.fp16.bin        a table of `shard_rows` entries, then as many rows
     shards/00000/lock                   there while a process computes rows of the shard
 
-Row `view * samples + sample` has the features of a view of a sample. Its entry is 16 bytes BLAKE2b of the image as the
-teacher was given it, and the CRC-32 of the row; it is written after the row, so that a row without one does not count.
-Files are read and written at offsets and not mapped: a damaged disk, or a full one, is then an error and no crash.
+Row `view * samples + sample` has the features of a view of a sample.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,39 +21,19 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self
 
 from kdlvfm.training.cache.formats import CacheError, TapFormat
+from kdlvfm.training.cache.projection import Projection
+from kdlvfm.training.cache.rows import RowError, RowFile
 
 SCHEMA = "kdlvfm.teacher_cache/1"
 INDEX = "index.json"
 SHARDS = "shards"
 SHARD_ROWS = 1024
-
-_DIGEST = 16
-_ENTRY = _DIGEST + 4
-_PAGE = 4096
-
-
-def image_digest(image: Tensor) -> bytes:
-    """Sixteen bytes that tell the pixels of an image (3, H, W) from those of all others."""
-    digest = hashlib.blake2b(repr((tuple(image.shape), str(image.dtype))).encode(), digest_size=_DIGEST)
-    digest.update(image.contiguous().numpy().data)
-    return digest.digest()
-
-
-class RowError(CacheError):
-    """A row that cannot be used.
-
-    Args:
-        message: the cause and the cure; alone it must do, since so a loader hands on an error of its workers.
-        cause: what is wrong with the row.
-    """
-
-    def __init__(self, message: str, cause: str = "") -> None:
-        super().__init__(message)
-        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -124,26 +101,62 @@ class CacheStore:
                 found[path.stem] = self._read_format(path)
         return found
 
-    def format(self, tap: str, dtype: str) -> TapFormat | None:
-        """The form of a tap's rows in a dtype; `None` if there are none.
+    def format(self, tap: str, dtype: str, pca: int | None = None) -> TapFormat | None:
+        """The form of a tap's rows in a dtype, and with so many principal components; `None` if there are none.
 
         Raises:
             CacheError: the file that says so cannot be read.
         """
-        path = self.folder / f"{_file_name(tap, dtype)}.json"
+        path = self.folder / f"{_file_name(tap, dtype, pca)}.json"
         return self._read_format(path)[0] if path.exists() else None
 
     def add_format(self, format: TapFormat, error: Mapping[str, float], images: int) -> None:
         """Note the form of a tap's rows, and the error of storing some images."""
-        path = self.folder / f"{_file_name(format.tap, format.dtype)}.json"
+        path = self.folder / f"{_file_name(format.tap, format.dtype, format.pca)}.json"
         _write_json(path, {**format.plain(), "measured_error": {**error, "images": images}})
 
     def _read_format(self, path: Path) -> tuple[TapFormat, dict[str, float]]:
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
-            return TapFormat.read(plain), dict(plain["measured_error"])
+            format = self.fitted(TapFormat.read(plain))
+            if format.projected and format.projection is None:
+                raise ValueError(f"{self._components(format).name} is gone")
+            return format, dict(plain["measured_error"])
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, CacheError):
+                raise
             raise CacheError(f"{path} cannot be read ({type(error).__name__}: {error}): remove the cache.") from error
+
+    def fitted(self, format: TapFormat) -> TapFormat:
+        """The format with its principal components, if it has any and they are there.
+
+        Raises:
+            CacheError: their file cannot be read.
+        """
+        path = self._components(format)
+        if not format.projected or not path.exists():
+            return format
+        try:
+            return format.with_projection(Projection.of_tensors(load_file(path), format))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CacheError(f"{path} cannot be read ({type(error).__name__}: {error}): remove the cache.") from error
+
+    def add_components(self, format: TapFormat, projection: Projection) -> None:
+        """Keep the principal components of a tap, which all its dtypes share.
+
+        Raises:
+            CacheError: they cannot be written.
+        """
+        path = self._components(format)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(projection.tensors(), temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{path} cannot be written ({error}).") from error
+
+    def _components(self, format: TapFormat) -> Path:
+        return self.folder / f"{quote(format.tap, safe='')}.pca{format.pca}.safetensors"
 
     def row(self, view: int, sample: int) -> int:
         """The number of a row."""
@@ -162,7 +175,7 @@ class CacheStore:
 
     def stored(self, format: TapFormat) -> list[int]:
         """The rows that are there."""
-        name = f"{_file_name(format.tap, format.dtype)}.bin"
+        name = f"{_file_name(format.tap, format.dtype, format.pca)}.bin"
         shards = sorted(int(path.parent.name) for path in (self.folder / SHARDS).glob(f"*/{name}"))
         return [row for shard in shards for row in self._present(format, shard)]
 
@@ -170,19 +183,13 @@ class CacheStore:
         """Those of `rows` that are not there."""
         found = []
         for shard, wanted in self.by_shard(rows).items():
-            present = self._present(format, shard)
+            present = {*self._present(format, shard)}
             found += [row for row in wanted if row not in present]
         return found
 
-    def _present(self, format: TapFormat, shard: int) -> dict[int, None]:
+    def _present(self, format: TapFormat, shard: int) -> list[int]:
         """The rows of a shard that are there, in order."""
-        path = self._file(format, shard)
-        if not path.exists():
-            return {}
-        with path.open("rb") as file:
-            table = file.read(self.shard_rows * _ENTRY)
-        entries = (table[at : at + _DIGEST] for at in range(0, len(table), _ENTRY))
-        return {shard * self.shard_rows + i: None for i, entry in enumerate(entries) if entry.strip(b"\0")}
+        return [shard * self.shard_rows + number for number in self._file(format, shard).present()]
 
     def write(self, format: TapFormat, rows: Sequence[int], digests: Sequence[bytes], stored: Tensor) -> None:
         """Write rows of one shard.
@@ -197,23 +204,7 @@ class CacheStore:
             CacheError: the disk is full, or does not take them for another reason; the rows do not count then.
         """
         (shard,) = {row // self.shard_rows for row in rows}
-        path = self._file(format, shard)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                for row, digest, data in zip(rows, digests, stored.cpu().contiguous(), strict=True):
-                    content = memoryview(data.numpy())
-                    _write_at(descriptor, content, self._offset(format, row))
-                    entry = digest + zlib.crc32(content).to_bytes(4, "little")
-                    _write_at(descriptor, memoryview(entry), row % self.shard_rows * _ENTRY)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CacheError(
-                f"{path} cannot be written to ({error.strerror}); what was stored before is kept, and the same command "
-                "goes on from there."
-            ) from error
+        self._file(format, shard).write([row % self.shard_rows for row in rows], digests, stored)
 
     def read(self, format: TapFormat, row: int, digest: bytes) -> Tensor:
         """A row, uint8 (row_bytes,), if it is whole and belongs to the image of this digest.
@@ -222,15 +213,10 @@ class CacheStore:
             RowError: it is not there, damaged, or of another image.
             CacheError: its file cannot be read.
         """
-        entry, data = self._bytes(format, row)
-        if entry[:_DIGEST] == digest and _is_whole(format, entry, data):
+        shard, number = divmod(row, self.shard_rows)
+        data, cause = self._file(format, shard).read(number, digest)
+        if cause is None:
             return torch.frombuffer(data, dtype=torch.uint8)
-        if not entry.strip(b"\0"):
-            cause = "is not stored"
-        elif entry[:_DIGEST] != digest:
-            cause = "is of another image: the data or its augmentation changed since"
-        else:
-            cause = "is damaged"
         raise RowError(
             f"{self.folder}: view {row // self.samples} of sample {row % self.samples} at {format.tap} {cause}. kdlvfm "
             f"cache verify {self.folder} --all --drop takes out what is wrong; teacher_cache=build computes it again.",
@@ -239,49 +225,22 @@ class CacheStore:
 
     def is_whole(self, format: TapFormat, row: int) -> bool:
         """Whether a row has the checksum that it had when it was written."""
-        return _is_whole(format, *self._bytes(format, row))
+        shard, number = divmod(row, self.shard_rows)
+        return self._file(format, shard).is_whole(number)
 
     def drop(self, format: TapFormat, row: int) -> None:
         """Take a row out: from now on it is missing."""
-        with self._file(format, row // self.shard_rows).open("r+b") as file:
-            file.seek(row % self.shard_rows * _ENTRY)
-            file.write(bytes(_ENTRY))
+        shard, number = divmod(row, self.shard_rows)
+        self._file(format, shard).drop(number)
 
-    def _bytes(self, format: TapFormat, row: int) -> tuple[bytes, bytearray]:
-        """The entry of a row, and the row; nothing where there is no file."""
-        path = self._file(format, row // self.shard_rows)
-        try:
-            with path.open("rb", buffering=0) as file:
-                entry = os.pread(file.fileno(), _ENTRY, row % self.shard_rows * _ENTRY)
-                data = bytearray(format.row_bytes)
-                length = os.preadv(file.fileno(), [data], self._offset(format, row))
-        except FileNotFoundError:
-            return b"", bytearray()
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read ({error.strerror}).") from error
-        return entry, data[:length] if length < len(data) else data
-
-    def _file(self, format: TapFormat, shard: int) -> Path:
-        return self.shard(shard) / f"{_file_name(format.tap, format.dtype)}.bin"
-
-    def _offset(self, format: TapFormat, row: int) -> int:
-        table = -(-self.shard_rows * _ENTRY // _PAGE) * _PAGE
-        return table + row % self.shard_rows * format.row_bytes
+    def _file(self, format: TapFormat, shard: int) -> RowFile:
+        path = self.shard(shard) / f"{_file_name(format.tap, format.dtype, format.pca)}.bin"
+        return RowFile(path, self.shard_rows, format.row_bytes)
 
 
-def _file_name(tap: str, dtype: str) -> str:
+def _file_name(tap: str, dtype: str, pca: int | None) -> str:
     """The name of a tap's files; a tap may hold a slash or a colon."""
-    return f"{quote(tap, safe='')}.{dtype}"
-
-
-def _is_whole(format: TapFormat, entry: bytes, data: bytearray) -> bool:
-    return len(data) == format.row_bytes and zlib.crc32(data).to_bytes(4, "little") == entry[_DIGEST:]
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
+    return f"{quote(tap, safe='')}.{dtype}{'' if pca is None else f'.pca{pca}'}"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kdlvfm.training.cache.formats import CacheError, TapFormat
-from kdlvfm.training.cache.store import CacheStore, RowError, image_digest
+from kdlvfm.training.cache.rows import RowError, image_digest
+from kdlvfm.training.cache.store import CacheStore
 
 SAMPLES = 5
 
