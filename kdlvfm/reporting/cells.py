@@ -12,7 +12,7 @@ from typing import Any
 
 from kdlvfm.reporting.collect import preference
 from kdlvfm.reporting.reading import Reading
-from kdlvfm.reporting.record import BASELINE, Record, differences, flatten, recipe
+from kdlvfm.reporting.record import BASELINE, Record, differences, effect_of_cache, flatten, recipe
 from kdlvfm.reporting.statistics import Summary
 
 _TOLD = 3  # of the settings in which recipes differ
@@ -39,6 +39,16 @@ def make_cell(records: Sequence[Record], split: str, metric: str | None) -> Cell
         scores={seed: score for seed, score in sorted(scores.items()) if score is not None},
         repeated=sorted(seed for seed in count if count[seed] > 1),
     )
+
+
+def variant_of(record: Record) -> str:
+    """The settings that tell a run from others of its method, as JSON: the distiller's, and how its features were kept.
+
+    A teacher cache of fewer digits or components is another teacher, so such runs are not seeds of one cell.
+    """
+    stored = {key: value for key, value in effect_of_cache(record["config"]).items() if key != "views"}
+    cache = {"teacher_cache": stored} if stored else {}
+    return json.dumps({**record["distiller"]["settings"], **cache}, sort_keys=True)
 
 
 def label_methods(cells: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:

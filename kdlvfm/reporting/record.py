@@ -95,15 +95,16 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["after"] = kept["after"]["config_hash"]
         encoder = kept["student"].get("encoder")
         (encoder if isinstance(encoder, dict) else kept["student"]).pop("checkpoint", None)
-    effect = _effect_of_cache(kept.pop("teacher_cache", {}))
+    effect = effect_of_cache(kept)
+    kept.pop("teacher_cache", None)
     if effect:
         kept["teacher_cache"] = effect
     return kept
 
 
-def _effect_of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
+def effect_of_cache(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those settings of a teacher cache that change a result: one that stores without loss changes none."""
-    effect = {}
+    effect, settings = {}, config.get("teacher_cache", {})
     if settings.get("views") is not None:
         effect["views"] = settings["views"]
     if settings.get("mode", "none") != "none":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from kdlvfm.reporting.cells import (
     teacher_key,
     teacher_level,
     teacher_of,
+    variant_of,
 )
 from kdlvfm.reporting.pairing import Pairing
 from kdlvfm.reporting.published import published
@@ -102,7 +102,7 @@ def _block(
         if distiller["name"] == BASELINE:
             runs[BASELINE, ""].append(record)
         elif teacher_key(record) == key_of_teacher:
-            runs[distiller["name"], json.dumps(distiller["settings"], sort_keys=True)].append(record)
+            runs[distiller["name"], variant_of(record)].append(record)
     labels = label_methods(runs)
     longer = {label: make_cell(found, split, metric) for label, found in longer_baselines(group, labels, runs).items()}
     names = {labels[key]: key[0] for key in runs}

@@ -173,6 +173,29 @@ def test_variants_of_a_distiller_are_told_apart_by_what_differs(make_record):
     assert [row.runs for row in only_block(records).rows[1:]] == [{"finished": 2}, {"finished": 2}]
 
 
+def test_features_that_were_stored_otherwise_are_another_variant(make_record):
+    """Less exact features are another teacher; exact ones, whether stored or not, are the teacher."""
+    records = [
+        make_record("kd", seed, config={"teacher_cache": {"mode": mode, "dtype": dtype, "pca": pca, "views": None}})
+        for seed in range(2)
+        for mode, dtype, pca in (
+            ("none", "fp16", None),
+            ("build", "fp32", None),
+            ("build", "fp16", None),
+            ("read", "int8", 64),
+        )
+    ]
+    block = only_block(records)
+    assert [row.method for row in block.rows[1:]] == [
+        "kd",
+        'kd teacher_cache.dtype="fp16"',
+        'kd teacher_cache.dtype="int8" teacher_cache.pca=64',
+    ]
+    assert block.notes[0] == "kd: several runs of seed 0, 1; the finished one started last is shown."
+    alike = [record for record in records if record["config"]["teacher_cache"]["dtype"] == "int8"]
+    assert [row.method for row in only_block(alike).rows[1:]] == ["kd"]
+
+
 def test_variants_of_a_composite_are_told_apart_as_one_sets_them(make_record):
     records = [
         make_record("kd+cwd", settings={"parts": {"kd": {"method": "KD"}, "cwd": {"method": "CWD", **own}}, **weights})
