@@ -175,13 +175,12 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the logged loss now and then: each look waits for the GPU."""
-        del pl_module, outputs, batch
+        """Look at the loss now and then: each look waits for the GPU."""
+        del outputs, batch
         step = batch_idx + 1
         due = step % self._every == 0 or step == trainer.num_training_batches
-        if due and not torch.isfinite(trainer.callback_metrics["loss"]):
-            terms = {name: x for name, x in trainer.callback_metrics.items() if name.startswith("train/")}
-            bad = [name for name, x in terms.items() if not torch.isfinite(x)]
+        if due and isinstance(pl_module, DistillationModule) and not torch.isfinite(pl_module.loss):
+            bad = [name for name, x in pl_module.terms.items() if not torch.isfinite(x)]
             raise NonFiniteLossError(
                 f"the loss is not finite at step {step} (terms: {', '.join(bad) or 'all finite by now'}); "
                 "lower the learning rate or the loss weights, clip gradients, or train in float32."
@@ -202,8 +201,8 @@ class LineProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a line now and then."""
-        del pl_module, outputs, batch
+        del outputs, batch
         step, steps = batch_idx + 1, int(trainer.num_training_batches)
-        if trainer.is_global_zero and (step % self._every == 0 or step == steps):
-            loss = float(trainer.callback_metrics["loss"])
-            print(f"step {step}/{steps}  loss {loss:.4g}", flush=True)
+        due = step % self._every == 0 or step == steps
+        if due and trainer.is_global_zero and isinstance(pl_module, DistillationModule):
+            print(f"step {step}/{steps}  loss {float(pl_module.loss):.4g}", flush=True)

@@ -38,6 +38,9 @@ class DistillationModule(LightningModule):
 
     Attributes:
         completed: batches completed in the run.
+        loss: of the last update, detached.
+        terms: of the last batch's updates, detached, by `train/<group>/<name>`. Loggers are given both at every
+            `log_every_n_steps` of the trainer.
         observers: each is shown every update before its gradients are computed. The terms can still be differentiated
             then; the parameters' `grad` must be left alone.
     """
@@ -73,6 +76,8 @@ class DistillationModule(LightningModule):
         self._gradients: dict[str, Tensor] = {}
         self._metrics = task.metrics()
         self.completed = 0
+        self.loss = torch.zeros(())
+        self.terms: dict[str, Tensor] = {}
         self.observers: list[Callable[[Update], None]] = []
         plans.check(self._groups)
 
@@ -94,7 +99,8 @@ class DistillationModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Every update that the distiller yields for this batch."""
-        torch.manual_seed(step_seed(self._seed, self.global_rank, batch_idx))
+        seed_generators(step_seed(self._seed, self.global_rank, batch_idx), self.device)
+        self.terms = {}
         images, target, index = self.task.unpack(batch)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.hold(images, batch["companion"])
@@ -109,6 +115,9 @@ class DistillationModule(LightningModule):
             for group in [group for group, pending in self._pending.items() if pending]:
                 self._move(group, batch_idx)
         self.completed = batch_idx + 1
+        if self.completed % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by Lightning
+            self.log_dict(self.terms)
+            self.log("loss", self.loss, prog_bar=True, logger=False)
 
     def _backward(self, update: Update) -> None:
         """Add the update's share to the gradients of its group, and to no others."""
@@ -124,7 +133,8 @@ class DistillationModule(LightningModule):
         for parameter, grad in zip(others, kept, strict=True):
             parameter.grad = grad
         self._pending[update.group] += 1
-        self._log_terms(update, loss)
+        self.loss = loss.detach()
+        self.terms |= {f"train/{update.group}/{name}": term.detach() for name, term in update.terms.items()}
 
     def _move(self, group: str, batch_idx: int) -> None:
         """One optimizer step of a group."""
@@ -153,11 +163,6 @@ class DistillationModule(LightningModule):
         if clip_norm is not None:
             parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-
-    def _log_terms(self, update: Update, loss: Tensor) -> None:
-        prefix = f"train/{update.group}/"
-        self.log_dict({f"{prefix}{name}": term.detach() for name, term in update.terms.items()})
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: Lightning would drop those that are being accumulated."""
@@ -194,6 +199,19 @@ class DistillationModule(LightningModule):
         self._pending = dict(checkpoint["kdlvfm_pending"])
         self._gradients = checkpoint["kdlvfm_gradients"]
         self.trainer.datamodule.start_step = self.completed  # type: ignore[attr-defined]
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's default generators of the CPU and, where a step runs on another device, of that.
+
+    `torch.manual_seed` seeds those of all kinds of devices, and takes down who asked for each that was never used: a
+    millisecond, in every step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

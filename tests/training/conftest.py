@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from kdlvfm.core import Distiller, FeatureModel, ModelCard, TapInfo, Teacher
@@ -118,6 +119,27 @@ def run_fit(tmp_path, capsys):
         return fit(module=module, data=data, folder=where, trainer=options, **settings)
 
     return run
+
+
+class Noted(Logger):
+    """Keeps what it is given."""
+
+    name, version = "noted", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        """There are none to keep."""
+
+
+@pytest.fixture
+def make_noted():
+    return Noted
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -190,22 +189,8 @@ def test_a_term_cannot_be_called_task(logits_distiller, make_module, make_data, 
         run_fit(module, make_data(steps=1))
 
 
-class Noted(Logger):
-    name, version = "noted", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def log_hyperparams(self, *args, **kwargs):
-        """There are none to keep."""
-
-
-def test_loggers_get_each_look_once(logits_distiller, make_module, make_data, run_fit):
-    noted = Noted()
+def test_loggers_get_each_look_once(logits_distiller, make_module, make_data, run_fit, make_noted):
+    noted = make_noted()
     module = make_module(steps=6, distiller=logits_distiller(two_terms))
     result = run_fit(module, make_data(steps=6), loggers=[noted], diagnose_every=3)
     rows = [(step, row) for step, row in noted.rows if any(name.startswith("diagnostics/") for name in row)]

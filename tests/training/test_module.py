@@ -12,6 +12,7 @@ from kdlvfm.core import Distiller, Update
 from kdlvfm.distillers import KD, Baseline
 from kdlvfm.distillers.kd import kd_loss
 from kdlvfm.training.callbacks import NonFiniteLossError
+from kdlvfm.training.module import seed_generators
 from kdlvfm.training.optimizers import Plans, cosine
 
 
@@ -270,3 +271,18 @@ def test_terms_of_one_name_are_an_error(make_module, make_data, run_fit):
 def test_no_accumulation_below_one(make_module):
     with pytest.raises(ValueError, match="accumulate must be at least 1, not 0"):
         make_module(accumulate=0)
+
+
+def test_a_step_draws_the_numbers_of_its_seed_and_leaves_other_devices_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    asked.clear()
+    torch.rand(1)
+    seed_generators(3, torch.device("cpu"))
+    assert torch.equal(torch.rand(4), expected)
+    assert asked == []
+    seed_generators(4, torch.device("cuda", 1))
+    assert asked == [4]
+    assert torch.default_generator.initial_seed() == 4
