@@ -60,6 +60,7 @@ def _first_stage(folder: Path, student: Mapping[str, Any]) -> dict[str, Any]:
         "steps": first["steps"],
         "batch_size": first["batch_size"],
         "train_seconds": first["cost"]["train_seconds"],
+        "teacher_cache": first.get("teacher_cache"),
         "hardware": first["hardware"],
         "teacher": first["teacher"],
     }

@@ -24,7 +24,9 @@ def match(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run with `equal_time=RUN` is matched to, for its configuration, and the number of its `steps`.
 
     The steps of the recipe are multiplied by the measured seconds per step of the method's run over those of the
-    baseline that lies beside it, on the same machine: that of the same seed, or else of any.
+    baseline that lies beside it, on the same machine: that of the same seed, or else of any. What went before the
+    method's first step counts too, divided among its steps: a first stage, and computing the features that a teacher
+    cache gave it, whichever run did that.
 
     Args:
         config: resolved, with the method's run in `equal_time`.
@@ -48,7 +50,8 @@ def match(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CommandError(f"equal_time={folder} has another recipe ({shown}): give this run the one of that run.")
     baseline = _baseline(folder, method)
     step = _step_seconds(folder, baseline)
-    factor = (_step_seconds(folder, method) + _first_stage_seconds(folder, method)) / step
+    before = _first_stage_seconds(folder, method) + _cache_seconds(folder, folder, method)
+    factor = (_step_seconds(folder, method) + before / method["steps"]) / step
     steps = round(factor * method["steps"])
     if steps <= method["steps"]:
         raise CommandError(
@@ -94,13 +97,35 @@ def _trainer(record: Record) -> dict[str, Any]:
 
 
 def _first_stage_seconds(folder: Path, method: Record) -> float:
-    """The time of the stage before, divided among the steps of this one."""
+    """The time of the stage before, that of its cache included."""
     before = method["config"].get("after")
     if not before:
         return 0.0
     if before["train_seconds"] is None or before["hardware"] != method["hardware"]:
         raise CommandError(f"equal_time={folder}: its first stage has no time that was measured on the same machine.")
-    return float(before["train_seconds"] / method["steps"])
+    return float(before["train_seconds"]) + _cache_seconds(folder, Path(before["run"]), before)
+
+
+def _cache_seconds(folder: Path, run: Path, record: Mapping[str, Any]) -> float:
+    """What it took to compute the stored features that a run read, by the runs beside it that computed some of them."""
+    read = record.get("teacher_cache")
+    if not read:
+        return 0.0
+    seconds, computed = 0.0, 0
+    for path in sorted(run.resolve().parent.glob("*/record.json")):
+        try:
+            other = read_record(path)
+        except RecordError:
+            continue
+        cache = other.get("teacher_cache")
+        if cache and cache["hash"] == read["hash"] and other["hardware"] == record["hardware"] and cache["computed"]:
+            seconds, computed = seconds + cache["seconds"], computed + cache["computed"]
+    if not computed:
+        raise CommandError(
+            f"equal_time={folder}: its teacher's features were stored by no run that lies beside {run}, so nobody "
+            "knows how long they took: put the run that computed them there, or name one with teacher_cache=none."
+        )
+    return seconds / computed * float(read["images"])
 
 
 def _step_seconds(folder: Path, record: Record) -> float:

@@ -15,7 +15,7 @@ def edit(run, **parts):
     path = run / "record.json"
     record = json.loads(path.read_text())
     for part, values in parts.items():
-        record[part] = {**record[part], **values} if isinstance(values, dict) else values
+        record[part] = {**record.get(part, {}), **values} if isinstance(values, dict) else values
     path.write_text(json.dumps(record))
     return record
 
@@ -68,6 +68,29 @@ def test_it_trains_as_much_longer_as_a_step_of_the_method_takes(train, kdlvfm, r
     assert "baseline, equal time to kd" in table
     assert "(kd 9 steps); no verdict" in table
     assert kdlvfm("evaluate", out).code == 0
+
+
+def cached(seconds, computed, images=12, digest="a" * 12):
+    facts = {"hash": digest, "folder": "caches/one", "dtype": "fp16", "views": 1, "bytes_per_image": 100}
+    return {**facts, "images": images, "computed": computed, "seconds": seconds}
+
+
+def test_computing_the_teachers_features_counts_whichever_run_did_it(runs, small):
+    """The baseline's step takes 4 images / 30 a second; kd's 4 / 20 and a sixth of twelve images of 0.1 seconds."""
+    batch = edit(runs / "kd-seed0", teacher_cache=cached(0.0, 0))["batch_size"]
+    shutil.copytree(runs / "kd-seed0", runs / "other")
+    edit(runs / "other", teacher_cache=cached(3.0, 30))
+    shutil.copytree(runs / "kd-seed0", runs / "another-cache")
+    edit(runs / "another-cache", teacher_cache=cached(500.0, 1, digest="b" * 12))
+    found = compose([*small, f"equal_time={runs / 'kd-seed0'}"])["equal_time"]
+    assert found["factor"] == pytest.approx((batch / 20 + 12 * 0.1 / 6) / (batch / 30))
+
+
+def test_features_of_which_nobody_knows_how_long_they_took(runs, refused):
+    edit(runs / "kd-seed0", teacher_cache=cached(0.0, 0))
+    message = refused("distiller=none", f"equal_time={runs / 'kd-seed0'}")
+    assert "features were stored by no run that lies beside" in message
+    assert "or name one with teacher_cache=none" in message
 
 
 def test_its_folder_says_what_it_is(runs, small):
