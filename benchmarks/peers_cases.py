@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import losses_cases as cases
 import mmrazor
 import torch
+from peers_compared import Compared, Peer
 from torch import Tensor
 from torchdistill.losses import mid_level
 
@@ -38,32 +37,6 @@ def _losses_of_mmdet() -> ModuleType:
 
 
 razor, mmdet = _losses_of_mmrazor(), _losses_of_mmdet()
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One implementation of a loss.
-
-    `factor` is what theirs is multiplied by to be ours, of the shape of the student's input, `None` where no factor
-    makes it so; `apart` says it in words.
-    """
-
-    package: str
-    loss: Callable[..., Tensor]
-    factor: Callable[[torch.Size], float] | None = lambda _: 1.0
-    apart: str = ""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A loss of ours, the peers that have it, and what all are given."""
-
-    name: str
-    ours: Callable[..., Tensor]
-    inputs: Callable[[cases.Shape], cases.Inputs]
-    peers: tuple[Peer, ...]
-    own_channels: bool = False
-    of_maps: bool = True
 
 
 def _taken(loss: torch.nn.Module) -> Callable[..., Tensor]:
@@ -221,9 +194,3 @@ COMPARED: tuple[Compared, ...] = (
         own_channels=True,
     ),
 )
-
-
-def case(compared: Compared, peer: Peer) -> cases.Case:
-    """The pair as `losses.py` measures one."""
-    loss: Callable[..., Any] = peer.loss
-    return cases.Case(compared.name, compared.ours, loss, compared.inputs)

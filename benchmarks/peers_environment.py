@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An environment of a peer's own: its packages in a folder, torch and all else that is here shared with it."""
+"""An environment of a peer's own: packages and repositories in a folder, torch and all else that is here shared."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,3 +43,29 @@ def build(folder: Path, packages: list[str], *, dependencies: bool = True) -> Pa
         raise SystemExit(f"pip could not install {', '.join(packages)}; its lines above say why.")
     done.write_text(wanted, encoding="utf-8")
     return python
+
+
+def clone(repository: str, commit: str, folder: Path) -> None:
+    """A public repository of GitHub at one commit, in `folder/OWNER/NAME`, unless it is there already.
+
+    Raises:
+        SystemExit: git could not fetch it, or what is there is at another commit.
+    """
+    place = folder / repository
+    if place.exists():
+        head = ["git", "-C", str(place), "rev-parse", "HEAD"]
+        found = subprocess.run(head, check=False, capture_output=True, text=True).stdout.strip()
+        if found != commit:
+            raise SystemExit(f"{place} is at {found or 'no commit'}, not at {commit}: remove it, to be cloned again.")
+        return
+    print(f"cloning {repository} into {place}", flush=True)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    url = f"https://github.com/{repository}"
+    for command in (
+        ["clone", "--quiet", "--no-checkout", url, str(partial)],
+        ["-C", str(partial), "checkout", "-q", commit],
+    ):
+        if subprocess.run(["git", *command], check=False).returncode:
+            raise SystemExit(f"git could not fetch {url} at {commit}; its lines above say why.")
+    partial.rename(place)

@@ -2,6 +2,8 @@
 """What can be said of the comparisons with other libraries without installing any of them."""
 
 import json
+import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -34,7 +36,7 @@ def test_the_tables_are_rendered_from_the_records(benchmark):
 
 def test_where_definitions_agree_so_do_gradients(record):
     assert record["environment"]["versions"]["torch"]
-    assert {"torchdistill", "mmrazor", "mmdet"} == record["peers"].keys()
+    assert record["peers"].keys() == {*peers.LIBRARIES, *peers.REPOSITORIES}
     for entry in record["cases"]:
         assert (entry["factor"] is None) == (entry["difference"] is None)
         assert entry["factor"] == 1 or entry["apart"]
@@ -58,6 +60,37 @@ def test_an_environment_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "installed.txt").write_text("a==1\nb==2", encoding="utf-8")
     assert peers_environment.build(tmp_path, ["a==1", "b==2"]) == tmp_path / "bin" / "python"
     assert not ran
+
+
+def test_a_repository_is_cloned_once_and_at_its_commit(tmp_path, monkeypatch):
+    """From a repository on disk, which git is told to take for the public one."""
+
+    def git(*arguments):
+        names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path / "theirs"), *names, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "theirs").mkdir()
+    git("init", "--quiet")
+    commits = []
+    for content in ("one", "two"):
+        (tmp_path / "theirs" / "loss.py").write_text(content)
+        git("add", ".")
+        git("commit", "--quiet", "-m", content)
+        commits.append(git("rev-parse", "HEAD"))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{tmp_path / 'theirs'}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/some/where")
+    place = tmp_path / "repositories" / "some" / "where"
+    with pytest.raises(SystemExit, match=f"could not fetch https://github.com/some/where at {'0' * 40}"):
+        peers_environment.clone("some/where", "0" * 40, tmp_path / "repositories")
+    assert not place.exists()
+    peers_environment.clone("some/where", commits[0], tmp_path / "repositories")
+    assert (place / "loss.py").read_text() == "one"
+    shutil.rmtree(tmp_path / "theirs")
+    peers_environment.clone("some/where", commits[0], tmp_path / "repositories")
+    with pytest.raises(SystemExit, match=f"is at {commits[0]}, not at {commits[1]}: remove it"):
+        peers_environment.clone("some/where", commits[1], tmp_path / "repositories")
 
 
 def test_both_commands_of_the_comparison_with_lightly_train_are_given_the_same(tmp_path):
