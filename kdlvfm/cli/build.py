@@ -15,7 +15,7 @@ from kdlvfm.cli.composites import names_in
 from kdlvfm.cli.config import options
 from kdlvfm.cli.list import read_about
 from kdlvfm.cli.run_cache import RunCache
-from kdlvfm.cli.targets import instantiate, instantiate_with, target_of
+from kdlvfm.cli.targets import explained, instantiate, instantiate_with, target_of
 from kdlvfm.cli.teacher_cache import prepare
 from kdlvfm.core import Context, Distiller, FeatureModel, Task, Teacher
 from kdlvfm.core.levels import build_at_levels
@@ -296,5 +296,5 @@ def build(config: Mapping[str, Any]) -> Cell:
         )
         cache = prepare(config, data, task, teacher, distiller)
     except (ValueError, TypeError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(explained(error, recipe)) from error
     return Cell(data, task, student, teacher, distiller, module, cache)

@@ -40,7 +40,7 @@ def instantiate(node: Mapping[str, Any], **keywords: Any) -> Any:
         if isinstance(cause, ModuleNotFoundError):
             raise cause from error
         if isinstance(cause, ValueError | TypeError | OSError | InstantiationException):
-            raise CommandError(_explained(cause, node)) from error
+            raise CommandError(explained(cause, node)) from error
         raise cause from error
 
 
@@ -53,10 +53,10 @@ def instantiate_with(node: Mapping[str, Any], *given: Any, **keywords: Any) -> A
     try:
         return instantiate({**node, "_partial_": True})(*given, **keywords)
     except (ValueError, TypeError) as error:
-        raise CommandError(_explained(error, node)) from error
+        raise CommandError(explained(error, node)) from error
 
 
-def _explained(error: BaseException, node: Mapping[str, Any]) -> str:
+def explained(error: BaseException, node: Mapping[str, Any]) -> str:
     """What an error in building `node` says; of an argument that its class does not take, what it does take."""
     found = _UNKNOWN.match(str(error))
     for target in _targets(node, through=_GETTER) if found else ():

@@ -17,6 +17,7 @@ from kdlvfm.cli.config import compose
             r"^FitNet takes no 'depth'\. It takes student_dim, .*",
         ),
         (["distiller=none", "data.banana=1"], r"^DigitScenes takes no 'banana'\. It takes size, .*batch_size"),
+        (["distiller=none", "+recipe.optimizer.momentun=1"], r"^(SGD|AdamW) takes no 'momentun'\. "),
         (["distiller=none", "student.frezee=true"], r"^EncoderHead takes no 'frezee'\. Did you mean freeze\?$"),
     ],
 )
