@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class RunCache:
 
     def serve(self, data: SampleData) -> Teacher:
         """Let `data` bring the stored features along, all of which are there; what then takes the teacher's place."""
-        data.companion = StoredFeatures(self.store, self.formats)
+        # Workers read rows and decode none: they need no components, which the teacher's stand-in may hold on a GPU.
+        data.companion = StoredFeatures(self.store, [replace(format, projection=None) for format in self.formats])
         return CachedTeacher(self.source.teacher, self.formats)
 
     def missing(self) -> dict[TapFormat, list[int]]:

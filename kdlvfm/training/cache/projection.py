@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kdlvfm.training.cache.source import FeatureSource, Key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """The affine subspace in which features are stored.
 
