@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdlvfm.core import Distiller, Features
@@ -60,16 +61,17 @@ def dist_loss(
         )
     student = (promote(student_logits) / temperature).softmax(1).movedim(1, 0).flatten(1)
     teacher = (promote(teacher_logits.detach()) / temperature).softmax(1).movedim(1, 0).flatten(1)
-    inter = 1 - _correlation(student, teacher, dim=0).mean()
-    intra = 1 - _correlation(student, teacher, dim=1).mean()
+    mean = 1 / len(student)  # of the K probabilities of a sample, whatever they are
+    inter = 1 - _cosine(student - mean, teacher - mean, dim=0).mean()
+    own, goal = (x - x.mean(1, keepdim=True) for x in (student, teacher))
+    intra = 1 - _cosine(own, goal, dim=1).mean()
     return temperature**2 * (beta * inter + gamma * intra)
 
 
-def _correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation along `dim`; towards 0 where one of both hardly varies."""
-    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
-    squares = x.square().sum(dim).clamp(min=1e-8), y.square().sum(dim).clamp(min=1e-8)
-    return (x * y).sum(dim) / (squares[0].sqrt() * squares[1].sqrt())
+def _cosine(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """Cosine along `dim`, of what is centred Pearson's correlation; towards 0 where one of both hardly varies."""
+    lengths: list[Tensor] = [torch.linalg.vector_norm(one, dim=dim).clamp(min=1e-4) for one in (x, y)]
+    return (x * y).sum(dim) / (lengths[0] * lengths[1])
 
 
 class DIST(Distiller):
