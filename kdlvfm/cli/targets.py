@@ -61,6 +61,9 @@ def explained(error: BaseException, node: Mapping[str, Any]) -> str:
     found = _UNKNOWN.match(str(error))
     for target in _targets(node, through=_GETTER) if found else ():
         built = target_of({"_target_": target.removesuffix(".from_context")})
+        # For boxes a class may give one of its module that is meant for them.
+        other = vars(importlib.import_module(built.__module__)).get(found["name"]) if found else None
+        built = other if isinstance(other, type) else built
         classes = inspect.getmro(built) if isinstance(built, type) else (built,)
         if found and found["name"] in {one.__name__ for one in classes}:
             taken = {name: None for one in classes if one is not object for name in _arguments(one)}

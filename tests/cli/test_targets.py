@@ -6,6 +6,7 @@ import pytest
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.build import build
 from kdlvfm.cli.config import compose
+from kdlvfm.cli.targets import explained
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,10 @@ from kdlvfm.cli.config import compose
 def test_what_a_class_does_not_take_is_refused_with_what_it_takes(overrides, message, small):
     with pytest.raises(CommandError, match=message):
         build(compose([*small, *overrides]))
+
+
+def test_of_a_class_that_stands_in_for_another_the_own_arguments_are_named():
+    """KD gives a ScoreKD for boxes."""
+    error = TypeError("ScoreKD.__init__() got an unexpected keyword argument 'beata'")
+    node = {"_target_": "kdlvfm.distillers.KD.from_context", "_partial_": True}
+    assert explained(error, node) == "ScoreKD takes no 'beata'. Did you mean beta?"
