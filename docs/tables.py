@@ -36,6 +36,7 @@ TABLES = [
     ("experiments/data_free/README.md", "data_free", "test"),
     ("experiments/digit_scenes/README.md", "digit_scenes", "test"),
     ("experiments/dkdm/README.md", "dkdm", "test"),
+    ("experiments/teacher_cache/README.md", "teacher_cache", "test"),
     ("experiments/two_stages/README.md", "two_stages/camvid", "test"),
     ("experiments/two_stages/README.md", "two_stages/features", "val"),
     ("experiments/zoo_smoke/README.md", "zoo_smoke", "test"),
