@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.console import table_console
 
 if TYPE_CHECKING:
     from kdlvfm.training.cache.source import FeatureSource
@@ -80,7 +81,6 @@ def _open(folder: Path) -> CacheStore:
 
 def _list(folders: Sequence[Path]) -> int:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from kdlvfm.training.cache.compute import shown_bytes
@@ -92,9 +92,7 @@ def _list(folders: Sequence[Path]) -> int:
             f"there is no teacher cache in {', '.join(map(str, folders))}; kdlvfm train with teacher_cache=build makes "
             "one."
         )
-    console, total = Console(), 0
-    if not console.is_terminal:
-        console = Console(width=140)
+    console, total = table_console(), 0
     for folder in found:
         store, size = _open(folder), _size(folder)
         total += size

@@ -10,6 +10,7 @@ from typing import Any
 from kdlvfm.cli import CommandError
 from kdlvfm.cli.composites import names_in
 from kdlvfm.cli.config import config_dir, options
+from kdlvfm.cli.console import table_console
 
 _SHOWN = {
     "teacher": ("title", "licence", "paper"),
@@ -42,11 +43,9 @@ def run(arguments: Sequence[str]) -> int:
         print(",".join(_names(group, task)))
         return 0
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console = Console(width=None if console.is_terminal else 140)
+    console = table_console()
     for shown in [group] if group else _SHOWN:
         table = Table(title=f"{shown}=", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("name", style="cyan", no_wrap=True)

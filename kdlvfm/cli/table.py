@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdlvfm.cli import CommandError
+from kdlvfm.cli.console import table_console
 
 if TYPE_CHECKING:
     from kdlvfm.reporting.block import Table
@@ -94,11 +95,7 @@ def print_table(
     except ValueError as error:
         raise CommandError(str(error)) from error
     if form == "terminal":
-        from rich.console import Console
-
-        console = Console()
-        # A log has no width of its own; rich would assume 80 columns and fold the table.
-        Console(width=None if console.is_terminal else 140).print(to_rich(table, cost=cost))
+        table_console().print(to_rich(table, cost=cost))
     elif form == "model-index":
         print(_model_index(table, collection.records.values(), source), end="")
     elif form == "csv":

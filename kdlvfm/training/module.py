@@ -204,8 +204,8 @@ class DistillationModule(LightningModule):
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed torch's default generators of the CPU and, where a step runs on another device, of that.
 
-    `torch.manual_seed` seeds those of all kinds of devices, and takes down who asked for each that was never used: a
-    millisecond, in every step.
+    `torch.manual_seed` seeds those of all kinds of devices, and takes down who asked for each that was never used: half
+    a millisecond, in every step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
